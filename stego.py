@@ -1,0 +1,446 @@
+"""STEGO: unsupervised semantic segmentation by distilling feature correspondences.
+
+Hamilton, Zhang, Hariharan, Snavely and Freeman, ICLR 2022, arXiv:2203.08414. This file is the paper:
+a frozen self-supervised ViT gives dense features, a small head turns them into compact codes, and the
+head is trained so that two points have similar codes where their features correspond.
+
+    paper              here                         meaning
+    f, g               features_a, features_b       frozen features of two images, (N, D, h, w)
+    s, t               codes_a, codes_b             codes, s = head(f), (N, K, h, w)
+    F, F^SC            F                            feature correspondences, and spatially centred
+    S                  S                            code correspondences, the same cosine for codes
+    L_corr             correspondence_loss          the loss of one pair of images
+    x, x^knn, x^rand   self, knn, rand              the pairs (the authors' code: pos_intra, pos_inter,
+                                                    neg_inter)
+    lambda, b          lambdas, shifts              weight and shift of each of the three terms
+
+"As the authors' code" refers to github.com/mhamilton723/STEGO at commit eb4d6b5, below src/.
+"""
+import os
+import pickle
+import urllib.error
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as nnf  # so that F can be the paper's F
+
+DINO_URL, DINOV2_URL = "https://dl.fbaipublicfiles.com/dino/", "https://dl.fbaipublicfiles.com/dinov2/"
+BACKBONES = {  # name -> address or file of the weights
+    "vit_tiny_scenes": Path(__file__).parent / "assets/vit_tiny_scenes.pth",  # embedded; see its make_backbone.py
+    "dino_vits16": DINO_URL + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+    "dino_vits8": DINO_URL + "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
+    "dino_vits8_300ep": DINO_URL + "dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth",  # the authors'
+    "dino_vitb16": DINO_URL + "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+    "dino_vitb8": DINO_URL + "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
+    **{f"dinov2_{vit}{reg}": f"{DINOV2_URL}dinov2_{vit}/dinov2_{vit}{'_reg4' if reg else ''}_pretrain.pth"
+       for vit in ("vits14", "vitb14", "vitl14") for reg in ("", "_reg")},
+}
+
+# The settings of the paper's results, checked against the configurations stored in the authors' released checkpoints.
+# code_dim is the paper's K; center is the spatial centring of F. "scenes" is the embedded default, ours.
+PRESETS = {
+    "scenes": dict(
+        dataset="scenes", backbone="vit_tiny_scenes", resolution=128, eval_resolution=128, crop="none",
+        code_dim=70, batch_size=16, steps=1000, center=True,
+        lambda_self=0.67, lambda_knn=0.25, lambda_rand=0.63, b_self=0.3, b_knn=0.3, b_rand=0.3),
+    "cocostuff27-vitb8": dict(
+        backbone="dino_vitb8", crop="five", code_dim=90, batch_size=32, steps=7000, center=True,
+        lambda_self=0.1, lambda_knn=1.0, lambda_rand=0.1538476246415498, b_self=0.12, b_knn=0.2, b_rand=1.0),
+    "cocostuff27-vits8": dict(
+        backbone="dino_vits8_300ep", crop="five", code_dim=70, batch_size=16, steps=5000, center=True,
+        lambda_self=0.67, lambda_knn=0.25, lambda_rand=0.63, b_self=0.08, b_knn=0.02, b_rand=0.66),
+    "cityscapes-vitb8": dict(
+        backbone="dino_vitb8", crop="five", code_dim=100, batch_size=32, steps=7000, center=False,
+        lambda_self=1.0, lambda_knn=0.577453483136995, lambda_rand=0.9058762625226623,
+        b_self=0.45828472207, b_knn=0.1754346515479633, b_rand=0.31361241889448443),
+    "potsdam-vits8": dict(
+        backbone="dino_vits8_300ep", crop="none", code_dim=70, batch_size=16, steps=5000, center=True,
+        lambda_self=0.67, lambda_knn=0.25, lambda_rand=0.63, b_self=0.08, b_knn=0.02, b_rand=0.76),
+}
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: one sentence that names it and how to mend it. The scripts exit with 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Frozen backbone: f = ViT(x)
+# ---------------------------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        N, T, D = x.shape
+        q, k, v = self.qkv(x).reshape(N, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        x = nnf.scaled_dot_product_attention(q, k, v)  # (N, heads, T, D / heads)
+        return self.proj(x.transpose(1, 2).reshape(N, T, D))
+
+    def keys(self, x):
+        D = x.shape[-1]
+        return nnf.linear(x, self.qkv.weight[D:2 * D], self.qkv.bias[D:2 * D])  # (N, T, D), heads side by side
+
+
+class MLP(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(nnf.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(self, dim, num_heads, layer_scale):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim)
+        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)  # (N, hw, D)
+
+
+class VisionTransformer(nn.Module):
+    """The ViT of DINO (Caron et al. 2021) and DINOv2 (Oquab et al. 2023), with their state-dict names.
+
+    patch_size, image_size in pixels: image_size is the side that the position embedding was made for, other
+    sizes are interpolated. registers: extra tokens of the DINOv2 "_reg" models. layer_scale: as in DINOv2.
+    """
+
+    def __init__(self, patch_size, embed_dim, depth, num_heads, image_size=224, registers=0, layer_scale=False):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} cannot be split over {num_heads} heads")
+        self.patch_size, self.embed_dim, self.num_heads, self.registers = patch_size, embed_dim, num_heads, registers
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, embed_dim))
+        if registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim))
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, layer_scale) for _ in range(depth)])
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        for parameter in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def position_embedding(self, h, w):
+        """The position embedding for h x w patches, (1, 1 + h w, D), interpolated exactly as the weights expect."""
+        side = int((self.pos_embed.shape[1] - 1) ** 0.5)
+        if h == w == side:
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
+        if self.registers:  # DINOv2's register models were trained with antialiasing and without the 0.1
+            grid = nnf.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
+        else:  # DINO adds 0.1 against rounding, which moves every sampled position a little
+            grid = nnf.interpolate(grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+
+    def forward(self, images, facet="token"):
+        """Dense features of the last block: final-norm patch tokens, or ("key") the last attention's keys.
+
+        images: (N, 3, H, W), normalised with IMAGE_MEAN and IMAGE_STD of data.py, H and W multiples of the patch.
+        Returns (N, D, H / patch, W / patch). Raises ValueError for other sizes or facets.
+        """
+        N, _, H, W = images.shape
+        if H % self.patch_size or W % self.patch_size:
+            raise ValueError(f"an image of {H} x {W} pixels cannot be cut into patches of {self.patch_size}")
+        if facet not in ("token", "key"):
+            raise ValueError(f"facet is 'token' or 'key', not {facet!r}")
+        h, w = H // self.patch_size, W // self.patch_size
+        x = torch.cat([self.cls_token.expand(N, -1, -1), self.patch_embed(images)], 1) + self.position_embedding(h, w)
+        if self.registers:
+            x = torch.cat([x[:, :1], self.register_tokens.expand(N, -1, -1), x[:, 1:]], 1)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        x = self.norm(last(x)) if facet == "token" else last.attn.keys(last.norm1(x))
+        return x[:, 1 + self.registers:].transpose(1, 2).reshape(N, self.embed_dim, h, w)
+
+
+def vit_from_state_dict(state, num_heads=None):
+    """A VisionTransformer that holds `state`, its architecture read off the shapes.
+
+    state: DINO or DINOv2 names -> tensors. num_heads defaults to D // 64, which holds for every published DINO and
+    DINOv2 model. Raises InputError that names the key or shape which does not fit.
+    """
+    state = {key: value for key, value in state.items() if key != "mask_token"}  # DINOv2: used in pretraining only
+    missing = {"patch_embed.proj.weight", "pos_embed", "cls_token", "norm.weight"} - state.keys()
+    if missing:
+        raise InputError(f"not a DINO or DINOv2 ViT: the weights lack {', '.join(sorted(missing))}")
+    patch, pos = state["patch_embed.proj.weight"], state["pos_embed"]
+    if patch.ndim != 4 or patch.shape[1] != 3 or patch.shape[2] != patch.shape[3]:
+        raise InputError(f"patch_embed.proj.weight should be (D, 3, p, p), it is {tuple(patch.shape)}")
+    D, _, p, _ = patch.shape
+    side = round((pos.shape[1] - 1) ** 0.5) if pos.ndim == 3 else -1
+    if tuple(pos.shape) != (1, 1 + side ** 2, D):
+        raise InputError(f"pos_embed should be (1, 1 + side^2, {D}), it is {tuple(pos.shape)}")
+    blocks = [int(key.split(".")[1]) for key in state if key.startswith("blocks.") and key.split(".")[1].isdigit()]
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    num_heads = num_heads or max(1, D // 64)
+    if D % num_heads:
+        raise InputError(f"features of {D} numbers cannot be split over {num_heads} heads: give num_heads")
+    vit = VisionTransformer(p, D, max(blocks, default=-1) + 1, num_heads, side * p, registers,
+                            "blocks.0.ls1.gamma" in state)
+    for key, value in vit.state_dict().items():
+        if key not in state:
+            raise InputError(f"the weights lack {key}")
+        if state[key].shape != value.shape:
+            raise InputError(f"{key} should be {tuple(value.shape)}, it is {tuple(state[key].shape)}")
+    if state.keys() - vit.state_dict().keys():
+        raise InputError(f"unexpected weights: {', '.join(sorted(state.keys() - vit.state_dict().keys())[:5])}")
+    vit.load_state_dict(state)
+    return vit
+
+
+def read_tensors(path, device="cpu"):
+    """torch.load that runs no code from the file. Raises InputError for anything but tensors and plain data."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: there is no such file")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: not a readable file of PyTorch weights ({str(error).splitlines()[0]})") from error
+
+
+def load_backbone(name_or_path, device="cpu"):
+    """A frozen VisionTransformer in eval mode.
+
+    name_or_path: a name of BACKBONES (downloaded once into torch.hub's cache) or a local .pth / .pt: a bare state
+    dict, or a DINO training checkpoint, of which the teacher is taken. Raises InputError that says what does not fit.
+    """
+    source = BACKBONES.get(str(name_or_path), name_or_path)
+    if str(source).startswith("https://"):
+        try:
+            state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
+        except (urllib.error.URLError, OSError) as error:
+            raise InputError(f"backbone {name_or_path}: cannot download it ({error}); fetch {source} on another machine "
+                             f"and put it into {torch.hub.get_dir()}/checkpoints/") from error
+    elif os.path.isfile(source):
+        state = read_tensors(source)
+    else:
+        raise InputError(f"backbone {name_or_path}: neither a file nor one of {', '.join(BACKBONES)}")
+    if isinstance(state, dict) and isinstance(state.get("teacher"), dict):
+        state = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state["teacher"].items()}
+        state = {key: value for key, value in state.items() if not key.startswith("head.")}  # DINO's projection head
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"backbone {name_or_path}: not a state dict of tensors")
+    try:
+        vit = vit_from_state_dict(state)
+    except InputError as error:
+        raise InputError(f"backbone {name_or_path}: {error}") from error
+    return vit.to(device).eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Segmentation head: s = head(f)
+# ---------------------------------------------------------------------------------------------------------------
+
+class SegmentationHead(nn.Module):
+    """Codes from features: a linear map plus a two-layer perceptron, both 1x1. (N, in_dim, h, w) -> (N, code_dim, h, w).
+
+    Each branch sees the features through channel dropout of its own (as the authors' code, modules.py:109-111).
+    """
+
+    def __init__(self, in_dim, code_dim, dropout=0.1):
+        super().__init__()
+        self.dropout = nn.Dropout2d(dropout)
+        self.linear = nn.Conv2d(in_dim, code_dim, 1)
+        self.nonlinear = nn.Sequential(nn.Conv2d(in_dim, in_dim, 1), nn.ReLU(), nn.Conv2d(in_dim, code_dim, 1))
+
+    def forward(self, features):
+        return self.linear(self.dropout(features)) + self.nonlinear(self.dropout(features))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Correspondence distillation
+# ---------------------------------------------------------------------------------------------------------------
+
+def sample(maps, points):
+    """Bilinear values of maps at points: out[n, :, i, j] = maps[n] at points[n, i, j].
+
+    maps: (N, C, h, w). points: (N, p, q, 2) as (x, y) in [-1, 1], where -1 and 1 are the centres of the first and the
+    last column or row; beyond them the border is repeated. Returns (N, C, p, q).
+    """
+    return nnf.grid_sample(maps, points, mode="bilinear", padding_mode="border", align_corners=True)
+
+
+def correlation(a, b):
+    """Cosine of every position of a with every position of b (Eq. 1).
+
+        out[n, h, w, i, j] = sum_c a[n, c, h, w] b[n, c, i, j] / (|a[n, :, h, w]| |b[n, :, i, j]|)
+
+    a: (N, C, h, w). b: (N, C, i, j). Returns (N, h, w, i, j).
+    """
+    return torch.einsum("nchw,ncij->nhwij", nnf.normalize(a, dim=1, eps=1e-10), nnf.normalize(b, dim=1, eps=1e-10))
+
+
+def correspondence_loss(features_a, features_b, codes_a, codes_b, shift,
+                        center=True, zero_clamp=True, stabilize=False):
+    """L_corr, elementwise: codes of corresponding points are pulled together, of others pushed apart (Eq. 4).
+
+        F = cos(f_a, f_b)    S = cos(s_a, s_b)    L = -max(S, 0) (F - shift)
+
+    Points attract where F > shift and repel where F < shift. The clamp at 0 leaves two codes alone once they are at
+    right angles. center: F is centred spatially (Eq. 3), F <- F - mean_ij F + mean F. zero_clamp=False: without the
+    max. stabilize: S is also clamped from above at 0.8. No gradient flows to the features.
+
+    All inputs (N, C, h, w), of b (N, C, i, j), sampled at the same points. Returns (L, S), both (N, h, w, i, j).
+    """
+    with torch.no_grad():
+        F = correlation(features_a, features_b)
+        if center:
+            # differs from the paper: the global mean is put back, as the authors' code, modules.py:330-333.
+            F = F - F.mean((3, 4), keepdim=True) + F.mean()
+    S = correlation(codes_a, codes_b)
+    clamped = S.clamp(min=0.0 if zero_clamp else None, max=0.8 if stabilize else None) if zero_clamp or stabilize else S
+    return -clamped * (F - shift), S
+
+
+def derangement(n, device="cpu"):
+    """A random permutation of 0..n-1 without fixed points: one random cycle through all. Raises ValueError for n < 2.
+
+    # differs from the authors' code: theirs adds 1 to fixed points and so may repeat an image (modules.py:291-295).
+    """
+    if n < 2:
+        raise ValueError("negatives need at least two images in a batch")
+    order = torch.randperm(n, device=device)
+    partner = torch.empty_like(order)
+    partner[order] = order.roll(1)
+    return partner
+
+
+def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
+               center=True, zero_clamp=True, stabilize=False, n_points=11, n_negatives=5):
+    """STEGO's objective for a batch (Eq. 5).
+
+        L = lambda_self L_corr(x, x) + lambda_knn L_corr(x, x^knn) + lambda_rand mean over negatives L_corr(x, x^rand)
+
+    features, codes: of the images x, (N, D, h, w) and (N, K, h, w); *_knn of one nearest neighbour each. Every pair is
+    compared at n_points x n_points uniformly random points of either image, drawn once and shared by the terms. x^rand
+    are other images of the batch. lambdas, shifts: (self, knn, rand). Returns (L, {"self", "knn", "rand"}), scalars.
+    """
+    N, device = len(features), features.device
+    points_a, points_b = (2 * torch.rand(N, n_points, n_points, 2, device=device) - 1 for _ in range(2))
+    f_a, s_a = sample(features, points_a), sample(codes, points_a)
+    f_b, s_b = sample(features_knn, points_b), sample(codes_knn, points_b)
+    switches = dict(center=center, zero_clamp=zero_clamp, stabilize=stabilize)
+
+    loss_self = correspondence_loss(f_a, f_a, s_a, s_a, shifts[0], **switches)[0].mean()
+    loss_knn = correspondence_loss(f_a, f_b, s_a, s_b, shifts[1], **switches)[0].mean()
+    loss_rand = 0
+    for _ in range(n_negatives):
+        rand = derangement(N, device)
+        # Image rand[n] is read at points_b[n]. Sampling first and permuting the few samples spares a copy of all maps.
+        points = points_b[rand.argsort()]
+        f_b, s_b = sample(features, points)[rand], sample(codes, points)[rand]
+        loss_rand = loss_rand + correspondence_loss(f_a, f_b, s_a, s_b, shifts[2], **switches)[0].mean() / n_negatives
+
+    terms = {"self": loss_self, "knn": loss_knn, "rand": loss_rand}
+    return sum(weight * term for weight, term in zip(lambdas, terms.values())), terms
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Probes, trained on detached codes: they read the codes and teach the head nothing
+# ---------------------------------------------------------------------------------------------------------------
+
+class ClusterProbe(nn.Module):
+    """Cosine k-means by gradient descent: the paper's minibatch k-means (as the authors' code, modules.py:134-161).
+
+    centroids: (n_clusters, code_dim). forward(codes (N, K, h, w)) -> cosine with each centroid, (N, n_clusters, h, w).
+    """
+
+    def __init__(self, code_dim, n_clusters):
+        super().__init__()
+        self.centroids = nn.Parameter(torch.randn(n_clusters, code_dim))
+
+    def forward(self, codes):
+        return torch.einsum("nchw,kc->nkhw", nnf.normalize(codes, dim=1), nnf.normalize(self.centroids, dim=1))
+
+    def loss(self, codes):
+        """-mean max_k cos(code, centroid_k): each code pulls its nearest centroid. Scalar."""
+        return -self(codes).amax(1).mean()
+
+
+class Stego(nn.Module):
+    """Backbone, head and probes. forward(images (N, 3, H, W)) -> codes (N, K, H / patch, W / patch).
+
+    n_classes: classes of the labels that teach the linear probe, None without labels (linear_probe is then None).
+    refit_probe holds centroids that k-means found on the finished codes, None before training ends.
+    facet: which features the backbone gives, see VisionTransformer.forward.
+    """
+
+    def __init__(self, backbone, code_dim, n_clusters, n_classes=None, dropout=0.1, facet="token"):
+        super().__init__()
+        self.backbone = backbone.eval().requires_grad_(False)
+        self.facet = facet
+        self.head = SegmentationHead(backbone.embed_dim, code_dim, dropout)
+        self.cluster_probe = ClusterProbe(code_dim, n_clusters)
+        self.refit_probe = None
+        self.linear_probe = nn.Conv2d(code_dim, n_classes, 1) if n_classes else None
+
+    def features(self, images):
+        return self.backbone(images, self.facet)
+
+    def forward(self, images):
+        return self.head(self.features(images))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints: one file that needs nothing else, the backbone and the configuration included
+# ---------------------------------------------------------------------------------------------------------------
+
+def save_atomically(value, path):
+    """torch.save that never leaves a half-written file under `path`."""
+    temporary = f"{path}.tmp"
+    torch.save(value, temporary)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(path, model, config, **training):
+    """Writes model, config (a dict of plain values) and whatever training state a resumed run needs, atomically."""
+    save_atomically({"format": "stego 1", "config": config, "model": model.state_dict(), "facet": model.facet,
+                     "num_heads": model.backbone.num_heads, "dropout": model.head.dropout.p, "training": training}, path)
+
+
+def load_checkpoint(path, device="cpu"):
+    """(model in eval mode, config) from save_checkpoint's file. Raises InputError for any other file."""
+    saved = read_tensors(path, device)
+    if not isinstance(saved, dict) or saved.get("format") != "stego 1":
+        raise InputError(f"{path}: not a checkpoint of this program")
+    state = saved["model"]
+    backbone = vit_from_state_dict({key.removeprefix("backbone."): value for key, value in state.items()
+                                    if key.startswith("backbone.")}, saved["num_heads"])
+    model = Stego(backbone, *state["cluster_probe.centroids"].T.shape, dropout=saved["dropout"], facet=saved["facet"],
+                  n_classes=len(state["linear_probe.weight"]) if "linear_probe.weight" in state else None)
+    if "refit_probe.centroids" in state:
+        model.refit_probe = ClusterProbe(*state["refit_probe.centroids"].T.shape)
+    model.load_state_dict(state)
+    return model.to(device).eval(), saved["config"]
