@@ -382,7 +382,9 @@ class ClusterProbe(nn.Module):
         self.centroids = nn.Parameter(torch.randn(n_clusters, code_dim))
 
     def forward(self, codes):
-        return torch.einsum("nchw,kc->nkhw", nnf.normalize(codes, dim=1), nnf.normalize(self.centroids, dim=1))
+        # dividing afterwards spares a normalised copy of what may be an upsampled map
+        length = torch.linalg.vector_norm(codes, dim=1, keepdim=True).clamp(min=1e-12)
+        return torch.einsum("nchw,kc->nkhw", codes, nnf.normalize(self.centroids, dim=1)) / length
 
     def loss(self, codes):
         """-mean max_k cos(code, centroid_k): each code pulls its nearest centroid. Scalar."""

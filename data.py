@@ -1,0 +1,366 @@
+"""From files to frozen features: image collections, the views the network sees, the feature cache, neighbours.
+
+The backbone is frozen and a view of an image never changes, so every feature is computed once: `extract_features`
+fills a float16 memory map and training only reads it. One image has one view (centre crop) or five (five-crop).
+"""
+import colorsys
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode
+from tqdm import tqdm
+
+from assets import scenes
+from stego import InputError
+
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every DINO model expects
+RESIZE = InterpolationMode.NEAREST  # as the authors' code, utils.py:176-180, images too: their checkpoints saw this
+VOID = 255  # label of pixels that are neither taught nor scored
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Collections: len(), .image(i) -> PIL RGB, .label(i) -> (H, W) uint8 or None, .names, .n_classes, .palette,
+# .has_labels, and .fingerprint(), a string that changes whenever an image or a label does
+# ---------------------------------------------------------------------------------------------------------------
+
+def read_image(path):
+    """The image as RGB, upright (EXIF). 16-bit grey keeps its upper 8 bits. Raises InputError naming the file."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            return image.convert("RGBA" if image.mode == "P" else image.mode).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable image ({error})") from error
+
+
+def read_label(path, n_classes):
+    """Class ids (H, W) uint8; ids outside 0..n_classes-1 become VOID. Raises InputError naming the file."""
+    try:
+        with Image.open(path) as image:
+            ids = np.array(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable label ({error})") from error
+    if ids.ndim != 2:
+        raise InputError(f"{path}: a label holds one class id a pixel, this is a picture of {ids.shape[-1]} channels")
+    return np.where((ids >= 0) & (ids < n_classes), ids, VOID).astype(np.uint8)
+
+
+class Directory:
+    """imgs/{train,val}/*, optional labels/{train,val}/*.png paired by stem and classes.txt; or just a folder of images.
+
+    n_classes defaults to the lines of classes.txt. Where there is no imgs/val, "val" is the training images again.
+    """
+
+    def __init__(self, root, split, n_classes=None):
+        root = Path(root)
+        if not root.is_dir():
+            raise InputError(f"{root}: there is no such folder")
+        folder = root / "imgs"
+        if folder.is_dir():
+            split = split if (folder / split).is_dir() else "train"
+            folder, labels = folder / split, root / "labels" / split
+        else:
+            folder, labels = root, None
+        self.images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not self.images:
+            raise InputError(f"{folder}: no images ({' '.join(sorted(SUFFIXES))})")
+        stems = [path.relative_to(folder).with_suffix("") for path in self.images]
+        for a, b, path in zip(stems, stems[1:], self.images):
+            if a == b:
+                raise InputError(f"{path}: another image has the same name up to its ending; rename one")
+        label_of = {} if labels is None else {path.relative_to(labels).with_suffix(""): path
+                                              for path in labels.rglob("*.png")}
+        self.labels = [label_of.get(stem) for stem in stems]
+        self.root, self.folder, self.split, self.has_labels = root, folder, split, any(self.labels)
+        names = root / "classes.txt"
+        self.names = names.read_text().split("\n") if names.is_file() else []
+        self.names = [name.strip() for name in self.names if name.strip()]
+        self.n_classes = n_classes or len(self.names)
+        if not 1 <= self.n_classes <= VOID:
+            raise InputError(f"{root}: give --num-classes 1 to {VOID}, or a classes.txt with a class name a line")
+        self.names = (self.names + [f"class {i}" for i in range(len(self.names), self.n_classes)])[:self.n_classes]
+        self.palette = class_palette(self.n_classes)
+
+    def __len__(self):
+        return len(self.images)
+
+    def image(self, i):
+        return read_image(self.images[i])
+
+    def label(self, i):
+        return None if self.labels[i] is None else read_label(self.labels[i], self.n_classes)
+
+    def name(self, i):
+        return str(self.images[i])
+
+    def fingerprint(self):
+        files = [path for path in self.images + self.labels if path is not None]
+        return json.dumps([self.n_classes] + [(str(path.relative_to(self.root)), path.stat().st_size,
+                                               path.stat().st_mtime_ns) for path in files])
+
+
+class Scenes:
+    """The embedded procedural landscapes of assets/scenes.py, 128 x 128, drawn when asked for, with exact labels.
+
+    Splits: train; val, scored once at the end; dev, labelled too, for every choice that somebody makes.
+    """
+
+    FIRST_SEED = {"train": 0, "dev": 1_000_000, "val": 2_000_000}
+    has_labels, root = True, "scenes"
+
+    def __init__(self, split, n_images=None):
+        self.split, self.n_images = split, n_images or (1000 if split == "train" else 200)
+        self.names, self.n_classes = list(scenes.CLASSES), len(scenes.CLASSES)
+        self.palette = np.array(scenes.PALETTE, np.uint8)
+
+    def __len__(self):
+        return self.n_images
+
+    def image(self, i):
+        return scenes.draw_scene(self.FIRST_SEED[self.split] + i)[0]
+
+    def label(self, i):
+        return np.array(scenes.draw_scene(self.FIRST_SEED[self.split] + i)[1])
+
+    def name(self, i):
+        return f"scene {self.FIRST_SEED[self.split] + i}"
+
+    def fingerprint(self):
+        return f"scenes {scenes.VERSION} {self.split} {self.n_images}"
+
+
+def class_palette(n):
+    """Colours of n classes, (n, 3) uint8: always the same, all distinct, never black (= void)."""
+    # The first seven are the palette of Okabe and Ito; the rest were picked to stay apart from them
+    # and from each other, by lightness where a colour-blind reader cannot tell the hues.
+    colours = [(0, 114, 178), (230, 159, 0), (0, 158, 115), (240, 228, 66), (204, 121, 167),
+               (86, 180, 233), (213, 94, 0), (80, 0, 120), (235, 235, 180), (80, 40, 0),
+               (120, 250, 250), (40, 80, 80), (150, 250, 120), (0, 0, 250), (235, 180, 180),
+               (40, 40, 80), (210, 0, 180), (150, 150, 80), (150, 20, 40), (130, 130, 130)]
+    k = 0
+    while len(colours) < n:  # golden-ratio steps spread the hues evenly, however many there are
+        saturation, value = 1 - 0.65 * (k * 0.754878 % 1), 1 - 0.6 * (k * 0.569840 % 1)
+        rgb = np.multiply(colorsys.hsv_to_rgb(k * 0.618034 % 1, saturation, value), 255).round()
+        # Skip what is close to a colour already there, ever less strictly, so that the loop ends.
+        if np.abs(rgb - colours).sum(1).min() >= max(1, 100 - k / 8):
+            colours.append(tuple(rgb))
+        k += 1
+    return np.array(colours[:n]).astype(np.uint8).reshape(n, 3)
+
+
+DATASETS = ("directory", "scenes")
+
+
+def load_collection(dataset, root, split, n_classes=None):
+    """The collection called `dataset`; root and n_classes are for those that live on disk."""
+    if dataset == "scenes":
+        if split not in Scenes.FIRST_SEED:
+            raise InputError(f"--split {split}: the scenes have {', '.join(Scenes.FIRST_SEED)}")
+        return Scenes(split)
+    if not root:
+        raise InputError(f"--dataset {dataset} needs --data-root FOLDER")
+    return Directory(root, split, n_classes)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Views: what the network sees of an image
+# ---------------------------------------------------------------------------------------------------------------
+
+def round_to_patch(size, patch_size):
+    """The multiple of patch_size nearest to size, at least one patch."""
+    return max(1, round(size / patch_size)) * patch_size
+
+
+def square_view(image, size):
+    """Shorter side to `size`, then the central square. image: PIL."""
+    return TF.center_crop(TF.resize(image, size, RESIZE), size)
+
+
+def views(image, size, crop):
+    """Square views of a PIL image: the centre ("none"), or the authors' five-crop ("five"): the four corners and the
+    centre of the full-size image, half as high and wide, each resized and cropped on its own (crop_datasets.py)."""
+    if crop == "none":
+        return [square_view(image, size)]
+    half = max(1, image.height // 2), max(1, image.width // 2)
+    return [square_view(part, size) for part in TF.five_crop(image, half)]
+
+
+def normalize(images):
+    """uint8 (N, 3, H, W) -> float32 with ImageNet's mean and standard deviation, on the same device."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    return (images.float() / 255 - mean) / std
+
+
+class Views(torch.utils.data.Dataset):
+    """Item i: (views (v, 3, size, size), labels (v, size, size)), uint8, or the InputError of a bad file.
+
+    An error is returned, not raised: a DataLoader's worker would wrap it into its own traceback.
+    """
+
+    def __init__(self, collection, size, crop="none"):
+        self.collection, self.size, self.crop = collection, size, crop
+
+    def __len__(self):
+        return len(self.collection)
+
+    def __getitem__(self, i):
+        try:
+            image, label = self.collection.image(i), self.collection.label(i)
+        except InputError as error:
+            return error
+        if label is None:
+            label = np.full((image.height, image.width), VOID, np.uint8)
+        if label.shape != (image.height, image.width):
+            return InputError(f"{self.collection.name(i)}: the image is {image.width} x {image.height} pixels, its label "
+                              f"{label.shape[1]} x {label.shape[0]}")
+        label = Image.fromarray(label)
+        return (torch.stack([TF.pil_to_tensor(view) for view in views(image, self.size, self.crop)]),
+                torch.cat([TF.pil_to_tensor(view) for view in views(label, self.size, self.crop)]))
+
+
+def batches(dataset, batch_size, workers):
+    """(images, labels) of `batch_size` images of a Views at a time, decoded ahead in `workers` processes."""
+    for items in torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers, collate_fn=list):
+        bad = [str(item) for item in items if isinstance(item, InputError)]
+        if bad:
+            raise InputError("; ".join(bad))
+        images, labels = zip(*items)
+        yield torch.cat(images), torch.cat(labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Every feature once
+# ---------------------------------------------------------------------------------------------------------------
+
+class Features(NamedTuple):
+    """Frozen features of every view. maps: (N, D, h, w) float16 and labels: (N, size, size) uint8 are memory maps,
+    vectors: (N, D) float32, the mean feature of each view. labels is None where the collection has none."""
+    maps: torch.Tensor
+    vectors: torch.Tensor
+    labels: torch.Tensor | None
+    folder: Path
+
+
+def cache_key(backbone, facet, collection, size, crop):
+    """Names a feature cache: a change of the weights, the files (name, size, time), the view or the facet changes it."""
+    digest = hashlib.sha256(json.dumps([1, collection.fingerprint(), size, crop, facet]).encode())
+    for name, tensor in backbone.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def open_map(path):
+    """A .npy file as a tensor over its memory map. Copy-on-write: nothing can change the file."""
+    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+
+
+@torch.no_grad()
+def extract_features(backbone, collection, size, crop="none", facet="token", cache_dir="cache",
+                     batch_size=32, workers=2, device="cpu"):
+    """Features of all views, from the cache where it has them. Item n is view n % v of image n // v.
+
+    Writes into `<cache_dir>/<key>.partial` and renames the folder when it is complete. A killed extraction goes on
+    after its last full batch. Raises InputError for bad images and a full disk.
+    """
+    folder = Path(cache_dir) / cache_key(backbone, facet, collection, size, crop)
+    names = ("maps", "vectors", "labels") if collection.has_labels else ("maps", "vectors")
+    if not folder.is_dir():
+        n = len(collection) * (5 if crop == "five" else 1)
+        side = size // backbone.patch_size
+        shapes = dict(maps=((n, backbone.embed_dim, side, side), np.float16),
+                      vectors=((n, backbone.embed_dim), np.float32), labels=((n, size, size), np.uint8))
+        partial = folder.with_suffix(".partial")
+        done = _images_done(partial)
+        if done == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            needed = sum(np.prod(shapes[name][0], dtype=float) * np.dtype(shapes[name][1]).itemsize for name in names)
+            free = shutil.disk_usage(partial).free
+            if needed > free:
+                raise InputError(f"{cache_dir}: the features need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+                                 "give another disk with --cache-dir")
+            out = {name: np.lib.format.open_memmap(partial / f"{name}.npy", "w+", shapes[name][1], shapes[name][0])
+                   for name in names}
+        else:
+            out = {name: np.load(partial / f"{name}.npy", mmap_mode="r+", allow_pickle=False) for name in names}
+        rest = torch.utils.data.Subset(Views(collection, size, crop), range(done, len(collection)))
+        saved = time.monotonic()
+        with tqdm(total=len(collection), initial=done, desc="features", unit="image") as bar:
+            for images, labels in batches(rest, batch_size, workers):
+                maps = backbone(normalize(images.to(device)), facet)
+                start = done * n // len(collection)
+                rows = slice(start, start + len(images))
+                out["maps"][rows] = maps.half().cpu().numpy()
+                out["vectors"][rows] = maps.mean((2, 3)).cpu().numpy()
+                if collection.has_labels:
+                    out["labels"][rows] = labels.numpy()
+                done += len(images) * len(collection) // n
+                bar.update(done - bar.n)
+                if time.monotonic() - saved > 5:
+                    for array in out.values():
+                        array.flush()
+                    write_text(partial / "done", str(done))
+                    saved = time.monotonic()
+        for array in out.values():
+            array.flush()
+        os.replace(partial, folder)
+    opened = {name: open_map(folder / f"{name}.npy") for name in names}
+    return Features(opened["maps"], opened["vectors"], opened.get("labels"), folder)
+
+
+def _images_done(partial):
+    try:
+        return int((partial / "done").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def write_text(path, text):
+    """Writes a text file that never exists half-written."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def nearest_neighbors(vectors, k):
+    """The k nearest others of each vector by cosine, nearest first. (N, D) -> (N, k) int64.
+
+    Works through blocks of rows, so the N x N similarities never exist together. Raises ValueError for k >= N.
+    """
+    n = len(vectors)
+    if not 1 <= k < n:
+        raise ValueError(f"{k} neighbours of {n} vectors: k must be 1 to {n - 1}")
+    vectors = nnf.normalize(vectors.float(), dim=1)
+    rows = max(1, 2 ** 25 // n)  # 128 MB of similarities at a time
+    neighbors = torch.empty(n, k, dtype=torch.int64)
+    for start in range(0, n, rows):
+        similarity = vectors[start:start + rows] @ vectors.T  # (rows, N)
+        own = torch.arange(len(similarity), device=vectors.device)
+        similarity[own, start + own] = -torch.inf
+        neighbors[start:start + rows] = similarity.topk(k, dim=1).indices.cpu()
+    return neighbors
+
+
+def cached_neighbors(features, k, device="cpu"):
+    """nearest_neighbors of the features' vectors, computed once and kept beside them."""
+    path = features.folder / f"neighbors_{k}.npy"
+    if not path.is_file():
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            np.save(file, nearest_neighbors(features.vectors.to(device), k).numpy())
+        os.replace(temporary, path)
+    return open_map(path)

@@ -1,0 +1,642 @@
+"""Score a trained checkpoint on labelled images, or segment a folder of your own photos.
+
+    python evaluate.py --checkpoint runs/scenes/checkpoint.pt                       # scores of its own data set
+    python evaluate.py --checkpoint runs/scenes/checkpoint.pt --predict photos --out segmented
+
+Clusters carry no names: each is matched to one class by the Hungarian method on a single confusion matrix over the
+whole data set, and only then scored. The linear probe is read as it is.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import textwrap
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import data
+from crf import dense_crf
+from stego import ClusterProbe, InputError, load_checkpoint
+
+RAW, ONLINE, REFIT, LINEAR = "k-means on features", "cluster probe", "k-means on codes", "linear probe"  # table rows
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scores: everything from one confusion matrix
+# ---------------------------------------------------------------------------------------------------------------
+
+def confusion_matrix(pred, label, n_clusters, n_classes):
+    """counts[k, c] = pixels of class c that were given cluster k. (n_clusters, n_classes) int64.
+
+    pred, label: integer tensors of one shape. Pixels whose label is outside 0..n_classes-1 are void and left out.
+    Raises ValueError for different shapes or a prediction outside 0..n_clusters-1.
+    """
+    pred, label = torch.as_tensor(pred), torch.as_tensor(label)
+    if pred.shape != label.shape:
+        raise ValueError(f"predictions of shape {tuple(pred.shape)} against labels of {tuple(label.shape)}")
+    pred, label = pred.flatten().long(), label.flatten().long()
+    valid = (label >= 0) & (label < n_classes)
+    pred, label = pred[valid], label[valid]
+    if len(pred) and not 0 <= int(pred.min()) <= int(pred.max()) < n_clusters:
+        raise ValueError(f"a prediction is outside 0..{n_clusters - 1}")
+    return torch.bincount(pred * n_classes + label, minlength=n_clusters * n_classes).reshape(n_clusters, n_classes)
+
+
+def hungarian(score):
+    """The one-to-one matching of clusters to classes with the largest total score (Kuhn 1955; Jonker, Volgenant 1987).
+
+    score: (n_clusters, n_classes), finite. Returns (n_clusters,) int64: the class of each cluster, -1 where there are
+    more clusters than classes and this one is left over. Raises ValueError for other shapes or NaN.
+    """
+    cost = -np.asarray(score, dtype=np.float64)
+    if cost.ndim != 2 or not np.isfinite(cost).all():
+        raise ValueError("score must be a finite matrix (n_clusters, n_classes)")
+    transposed = cost.shape[0] > cost.shape[1]
+    if transposed:
+        cost = cost.T
+    n, m = cost.shape
+    row_potential, column_potential = np.zeros(n), np.zeros(m)
+    row_of = np.full(m, -1)  # the row matched to each column
+    for start in range(n):
+        # Cheapest path from the unmatched row `start` to a free column, alternating over matched pairs (Dijkstra).
+        distance, previous, reached = np.full(m, np.inf), np.full(m, -1), np.zeros(m, bool)
+        row, column, length = start, -1, 0.0
+        while True:
+            through = length + cost[row] - row_potential[row] - column_potential
+            shorter = ~reached & (through < distance)
+            distance[shorter], previous[shorter] = through[shorter], column
+            column = int(np.argmin(np.where(reached, np.inf, distance)))
+            length = distance[column]
+            if row_of[column] < 0:
+                break
+            reached[column] = True
+            row = row_of[column]
+        row_potential[start] += length
+        row_potential[row_of[reached]] += length - distance[reached]
+        column_potential[reached] -= length - distance[reached]
+        while column >= 0:  # shift every pair on the path by one
+            row_of[column] = row_of[previous[column]] if previous[column] >= 0 else start
+            column = previous[column]
+    if transposed:
+        return row_of
+    matched = np.flatnonzero(row_of >= 0)
+    assignment = np.full(n, -1)
+    assignment[row_of[matched]] = matched
+    return assignment
+
+
+def scores(confusion, assignment):
+    """Mean IoU and pixel accuracy in percent of clusters read as classes.
+
+        IoU_c = tp_c / (tp_c + fp_c + fn_c)    accuracy = sum_c tp_c / all labelled pixels
+
+    confusion: (n_clusters, n_classes) counts. assignment: (n_clusters,) class of each cluster, -1 for none.
+    Returns {"miou", "accuracy", "iou" per class}. A class that is neither in the labels nor predicted is NaN and not
+    in the mean; without any labelled pixel all are NaN.
+    # differs from the authors' code: pixels of an unmatched cluster are errors; theirs drops them (utils.py:223).
+    """
+    confusion, assignment = np.asarray(confusion), np.asarray(assignment)
+    as_class = np.zeros((confusion.shape[1],) * 2)  # [predicted class, true class]
+    np.add.at(as_class, assignment[assignment >= 0], confusion[assignment >= 0])
+    hit, predicted, actual = np.diag(as_class), as_class.sum(1), confusion.sum(0)
+    with np.errstate(invalid="ignore"):
+        iou = 100 * hit / (predicted + actual - hit)
+        accuracy = 100 * hit.sum() / np.float64(actual.sum())
+    miou = np.nanmean(iou) if np.isfinite(iou).any() else np.nan
+    return {"miou": float(miou), "accuracy": float(accuracy), "iou": iou.tolist()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Clusters: cosine k-means on finished codes
+# ---------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def kmeans(codes, n_clusters, restarts=5, seed=0, iterations=100):
+    """Spherical k-means: unit centroids that maximise mean_n max_k cos(code_n, centroid_k), best of some restarts.
+
+    codes: (N, C), any length. Each restart begins with k-means++ (Arthur, Vassilvitskii 2007); an empty cluster
+    continues at the code that fits worst. Deterministic per seed. Returns (n_clusters, C). Raises ValueError where
+    there are fewer codes than clusters.
+    """
+    if not 1 <= n_clusters <= len(codes):
+        raise ValueError(f"{n_clusters} clusters of {len(codes)} codes")
+    codes = nnf.normalize(codes.float(), dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    best, best_objective = None, -torch.inf
+    for _ in range(restarts):
+        centroids = codes[torch.randint(len(codes), (1,), generator=generator).to(codes.device)]
+        distance = 1 - codes @ centroids[0]  # half the squared distance to the nearest centroid so far
+        for _ in range(n_clusters - 1):
+            chance = distance.clamp(min=1e-12).double().cumsum(0)
+            draw = torch.rand(1, generator=generator, dtype=torch.float64).to(codes.device) * chance[-1]
+            chosen = codes[torch.searchsorted(chance, draw).clamp(max=len(codes) - 1)]
+            centroids = torch.cat([centroids, chosen])
+            distance = torch.minimum(distance, 1 - codes @ chosen[0])
+        objective = -torch.inf
+        for _ in range(iterations):
+            similarity, nearest = (codes @ centroids.T).max(1)
+            previous, objective = objective, similarity.double().mean().item()
+            if objective - previous < 1e-7:
+                break
+            sums = torch.zeros_like(centroids).index_add_(0, nearest, codes)
+            empty = torch.bincount(nearest, minlength=n_clusters) == 0
+            sums[empty] = codes[similarity.topk(int(empty.sum()), largest=False).indices]
+            centroids = nnf.normalize(sums, dim=1)
+        if objective > best_objective:
+            best, best_objective = centroids, objective
+    return best
+
+
+@torch.no_grad()
+def sample_positions(maps, transform, n_points=100_000, seed=0):
+    """About n_points vectors at random positions of random maps: what k-means is fitted on.
+
+    maps: (N, D, h, w). transform: applied to a batch of maps (float32), e.g. the head, or the identity. Returns
+    (n, C) on the transform's device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(maps), generator=generator)[:2000].sort().values  # enough maps, and quick to read
+    per_map = min(maps[0, 0].numel(), -(-n_points // len(chosen)))
+    points = []
+    for indices in chosen.split(32):
+        codes = transform(maps[indices].float()).flatten(2).transpose(1, 2)  # (n, h w, C)
+        positions = torch.rand(codes.shape[:2], generator=generator).argsort(1)[:, :per_map].to(codes.device)
+        points.append(codes.gather(1, positions[..., None].expand(-1, -1, codes.shape[2])).flatten(0, 1))
+    return torch.cat(points)
+
+
+def fitted_probe(vectors, n_clusters, seed):
+    """A ClusterProbe whose centroids are k-means of `vectors` (N, C)."""
+    probe = ClusterProbe(vectors.shape[1], n_clusters).to(vectors.device).requires_grad_(False)
+    probe.centroids.copy_(kmeans(vectors, n_clusters, seed=seed))
+    return probe
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From images to class probabilities
+# ---------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def flip_averaged(model, images):
+    """(features, codes) of normalised images (N, 3, H, W), averaged with those of the mirrored images."""
+    features, mirrored = model.features(images), model.features(images.flip(3))
+    codes = (model.head(features) + model.head(mirrored).flip(3)) / 2
+    return (features + mirrored.flip(3)) / 2, codes
+
+
+@torch.no_grad()
+def log_probabilities(probe, maps, size):
+    """Class log-probabilities at (H, W) = size from maps (N, C, h, w): (N, n, H, W).
+
+    Maps are upsampled bilinearly first. Clusters: log-softmax of 2 x cosine, 2 as the authors' code
+    (eval_segmentation.py:131). Linear probe: log-softmax of its logits.
+    """
+    maps = nnf.interpolate(maps, size, mode="bilinear", align_corners=False)
+    logits = 2 * probe(maps) if isinstance(probe, ClusterProbe) else probe(maps)
+    return logits.log_softmax(1)
+
+
+def crf_labels(image, probabilities):
+    """argmax of dense_crf as (H, W) uint8. image: (H, W, 3) uint8, probabilities: (n, H, W)."""
+    return dense_crf(image, probabilities).argmax(0).astype(np.uint8)
+
+
+def crf_pool(workers):
+    """Processes for crf_labels, one BLAS thread each: several would fight for the cores the processes share."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"  # read by the children when they start; this process has long read its own
+    return ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn"))
+
+
+def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2, n_samples=5):
+    """Predictions of several probes for one collection, each with and without CRF.
+
+    probes: name -> (probe, "features" or "codes"), what it reads. Returns (confusions, samples): name -> confusion
+    matrix, "<name> + CRF" likewise; samples: n_samples evenly spaced images as dicts of "image" (size, size, 3),
+    "label" (None without labels) and one uint8 map of clusters for every name.
+    """
+    device = next(model.head.parameters()).device
+    names = [name + suffix for name in probes for suffix in ("", " + CRF")[:1 + crf]]
+    confusions, samples, pending = {}, [], []
+    wanted = set(np.linspace(0, len(collection) - 1, min(n_samples, len(collection))).round().astype(int).tolist())
+
+    def finish(entry):
+        """Scores one image, once its CRFs are done."""
+        index, image, label, predictions = entry
+        predictions = {name: p if isinstance(p, np.ndarray) else p.result() for name, p in predictions.items()}
+        for name in names if collection.has_labels else ():
+            probe = probes[name.removesuffix(" + CRF")][0]
+            n_clusters = len(probe.centroids) if isinstance(probe, ClusterProbe) else probe.out_channels
+            counts = confusion_matrix(predictions[name], label, n_clusters, collection.n_classes)
+            confusions[name] = confusions.get(name, 0) + counts
+        if index in wanted:
+            samples.append({"image": image, "label": label if collection.has_labels else None, **predictions})
+
+    pool = crf_pool(workers) if crf else None
+    try:
+        index = 0
+        views = data.batches(data.Views(collection, size), batch_size, workers)
+        for images, labels in tqdm(views, total=-(-len(collection) // batch_size), desc="evaluate", unit="batch"):
+            maps = dict(zip(("features", "codes"), flip_averaged(model, data.normalize(images.to(device)))))
+            for i in range(len(images)):
+                image, predictions = images[i].permute(1, 2, 0).numpy(), {}
+                for name, (probe, source) in probes.items():
+                    log_p = log_probabilities(probe, maps[source][i:i + 1], (size, size))[0]
+                    predictions[name] = log_p.argmax(0).byte().cpu().numpy()
+                    if crf:
+                        predictions[name + " + CRF"] = pool.submit(crf_labels, image, log_p.exp().cpu().numpy())
+                pending.append((index, image, labels[i].numpy(), predictions))
+                index += 1
+            while len(pending) > 2 * batch_size:  # bounds the memory, and lets the CRFs run beside the next batch
+                finish(pending.pop(0))
+        for entry in pending:
+            finish(entry)
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+    return confusions, samples
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Results: a table, scores.json, pictures
+# ---------------------------------------------------------------------------------------------------------------
+
+def report(folder, confusions, samples, collection, probes, prediction, seconds=None):
+    """Prints the table and writes scores.json, panel.png and, with labels, confusion.png into `folder`.
+
+    prediction: the name of the probe whose clusters are the result. seconds: stage -> time, stored. Returns what it
+    stored.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for name, confusion in confusions.items():
+        clusters = isinstance(probes[name.removesuffix(" + CRF")][0], ClusterProbe)
+        assignment = hungarian(confusion) if clusters else np.arange(len(confusion))
+        results[name] = {**scores(confusion, assignment), "assignment": assignment.tolist()}
+
+    if results:
+        width = max(map(len, probes))
+        print(f"\n{'':{width}}   mIoU  accuracy" + "   + CRF: mIoU  accuracy" * (f"{prediction} + CRF" in results))
+        for name in probes:
+            rows = [results[key] for key in (name, f"{name} + CRF") if key in results]
+            print(f"{name:{width}}  " + "        ".join(f"{row['miou']:5.1f}     {row['accuracy']:5.1f}" for row in rows))
+        matched = results[prediction]["assignment"]
+        order = sorted(range(len(matched)), key=lambda k: (matched[k] < 0, matched[k], k))
+        draw_confusion(folder / "confusion.png", np.asarray(confusions[prediction])[order],
+                       cluster_names(matched, collection.names, order), collection.names, collection.palette)
+
+    columns = [("image", [sample["image"] for sample in samples])]
+    if collection.has_labels:
+        columns.append(("label", [paint(sample["label"], collection.palette) for sample in samples]))
+    for name in (RAW, prediction, f"{prediction} + CRF", LINEAR):
+        if name in samples[0]:
+            matched = results[name]["assignment"] if results else range(probes[prediction][0].centroids.shape[0])
+            colours = cluster_palette(matched, collection.palette)
+            columns.append((name, [paint(sample[name], colours) for sample in samples]))
+    names = collection.names if results else [f"cluster {k}" for k in range(len(probes[prediction][0].centroids))]
+    draw_panel(folder / "panel.png", columns, names, cluster_palette(range(len(names)), collection.palette))
+
+    summary = {"data": str(collection.root), "split": collection.split, "images": len(collection),
+               "classes": collection.names, "prediction": prediction, "results": results, "seconds": seconds}
+    data.write_text(folder / "scores.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def cluster_names(assignment, names, order):
+    """What to call the clusters in `order`: their class, or their number where no class was left for them."""
+    return [names[assignment[k]] if assignment[k] >= 0 else f"cluster {k}" for k in order]
+
+
+def cluster_palette(assignment, palette):
+    """Colours of clusters, (n, 3) uint8: those of their classes, further ones for clusters without a class."""
+    extra = iter(data.class_palette(256)[len(palette):])
+    return np.array([palette[c] if 0 <= c < len(palette) else next(extra) for c in assignment], np.uint8)
+
+
+def paint(ids, palette):
+    """Class ids (H, W) uint8 as colours (H, W, 3) uint8, void black."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[:len(palette)] = palette
+    return colours[ids]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Your own photos
+# ---------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def predict(model, probe, image, size, crf=True):
+    """Clusters of one PIL image of any size, as (H, W) uint8 at its own size.
+
+    The network sees the whole image, its shorter side resized to `size` and the longer to at most four times that,
+    both rounded to patches. CRF at that resolution, then the probabilities are upsampled.
+    """
+    patch = model.backbone.patch_size
+    scale = size / min(image.size)
+    h, w = (data.round_to_patch(min(side * scale, 4 * size), patch) for side in (image.height, image.width))
+    pixels = TF.pil_to_tensor(TF.resize(image, (h, w), data.RESIZE))
+    device = next(model.head.parameters()).device
+    codes = flip_averaged(model, data.normalize(pixels[None].to(device)))[1]
+    probabilities = log_probabilities(probe, codes, (h, w))[0].exp().cpu()
+    if crf:
+        probabilities = torch.from_numpy(dense_crf(pixels.permute(1, 2, 0).numpy(), probabilities.numpy()))
+    # Class by class: a photo of 12 megapixels times all classes would be gigabytes.
+    highest, ids = torch.full((image.height, image.width), -1.0), torch.zeros(image.height, image.width).byte()
+    for k, probability in enumerate(probabilities):
+        full = nnf.interpolate(probability[None, None], (image.height, image.width), mode="bilinear")[0, 0]
+        ids[full > highest] = k
+        highest = torch.maximum(highest, full)
+    return ids.numpy()
+
+
+def predict_folder(model, probe, folder, out, size, palette, names, crf=True):
+    """Segments every image below `folder` into `out` and returns their number.
+
+    For each: a palette PNG of cluster ids, of the same stem and size, and beside it <stem>_overlay.jpg. For all:
+    clusters.json, the name and colour of each id, and panel.png, a few of them with the legend.
+    """
+    folder, out = Path(folder), Path(out)
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"--out {out} lies inside {folder}: the next run would segment its pictures")
+    photos, thumbnails = data.Directory(folder, "predict", n_classes=1), []
+    for i in tqdm(range(len(photos)), desc="predict", unit="image"):
+        image = photos.image(i)
+        target = out / photos.images[i].relative_to(photos.folder).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        segmented = Image.fromarray(predict(model, probe, image, size, crf))
+        segmented.putpalette(palette.tobytes())
+        overlay = Image.blend(image, segmented.convert("RGB"), 0.5)
+        save_picture(segmented, target)
+        save_picture(overlay, target.with_name(f"{target.stem}_overlay.jpg"))
+        if i < 5:
+            thumbnails.append([np.asarray(TF.center_crop(TF.resize(picture, 320), 320))
+                               for picture in (image, overlay, segmented.convert("RGB"))])
+    draw_panel(out / "panel.png", list(zip(("image", "overlay", "clusters"), zip(*thumbnails))), names, palette)
+    data.write_text(out / "clusters.json", json.dumps({k: {"name": name, "color": palette[k].tolist()}
+                                                       for k, name in enumerate(names)}, indent=1))
+    return len(photos)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------
+
+def save_picture(image, path):
+    """Writes a PIL image, PNG or JPEG by the ending of `path`, so that it never exists half-written."""
+    temporary = f"{path}.tmp"
+    image.save(temporary, format="JPEG" if Path(path).suffix == ".jpg" else "PNG", quality=90)
+    os.replace(temporary, path)
+
+
+def _fit(texts, width, size):
+    """Break each of `texts` into lines of at most `width` px in the built-in font at `size` px.
+
+    Returns the font, the broken texts, and the width and height (px) that hold any one of them.
+    """
+    font, broken = ImageFont.load_default(size), []
+    for text in texts:
+        for limit in range(max(len(text), 1), 0, -1):  # textwrap counts characters, not pixels
+            lines = textwrap.wrap(text, limit) or [""]
+            if max(map(font.getlength, lines)) <= width:
+                break
+        broken.append("\n".join(lines))
+    ruler = ImageDraw.Draw(Image.new("L", (1, 1)))
+    boxes = [ruler.textbbox((0, 0), text, font=font) for text in broken + [" "]]
+    return font, broken, math.ceil(max(b[2] for b in boxes)), math.ceil(max(b[3] for b in boxes))
+
+
+def draw_panel(path, columns, names, palette):
+    """Save a grid of images with column titles above and a legend of the classes below, as PNG.
+
+    columns: list of (title, images), images a list of (H, W, 3) uint8 RGB arrays, one per row of
+    the grid; the images of one row share their size. names: n class names; palette: (n, 3) uint8.
+    All images get the same height, by nearest neighbour so that label colours stay exact.
+    """
+    aspect = max(image.shape[1] / image.shape[0] for image in columns[0][1])  # of the widest row
+    width = round(min(320, max(1400 / len(columns), 160, 160 * aspect)))
+    height, gap, pad, square = round(width / aspect), 6, 20, 16
+    inner = len(columns) * (width + gap) - gap
+    font, titles, _, title_h = _fit([title for title, _ in columns], width - 8, 18)
+    key_font, key, key_w, key_h = _fit(names, inner - square - 8, 16)
+    key_w, key_h = key_w + square + 28, max(key_h, square) + 8
+    lines = math.ceil(len(names) / max(1, (inner + 20) // key_w))  # the last item needs no gap
+    per_line = math.ceil(len(names) / lines)  # equally full lines
+    top = pad + title_h + 8
+    key_y = top + len(columns[0][1]) * (height + gap) + 4
+    canvas = Image.new("RGB", (inner + 2 * pad, key_y + lines * key_h + pad), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (title, (_, images)) in enumerate(zip(titles, columns)):
+        x = pad + i * (width + gap)
+        draw.text((x + width / 2, pad + title_h / 2), title, "black", font, "mm", align="center")
+        for j, image in enumerate(images):
+            w = round(height * image.shape[1] / image.shape[0])  # narrower rows are centred
+            cell = Image.fromarray(image).resize((w, height), Image.Resampling.NEAREST)
+            canvas.paste(cell, (x + (width - w) // 2, top + j * (height + gap)))
+    for i, (name, colour) in enumerate(zip(key, palette.tolist())):
+        x, y = pad + i % per_line * key_w, key_y + (i // per_line + 0.5) * key_h
+        draw.rectangle((x, y - square / 2, x + square, y + square / 2), tuple(colour), "gray")
+        draw.text((x + square + 8, y), name, "black", key_font, "lm")
+    save_picture(canvas, path)
+
+
+def draw_confusion(path, confusion, row_names, names, palette):
+    """Save a confusion matrix, true classes down and predictions across, as PNG.
+
+    confusion: (n_rows, n_classes) counts of pixels; row i is the cluster matched to class i, rows
+    past n_classes are unmatched clusters. row_names: n_rows labels; names: n_classes labels;
+    palette: (n_classes, 3) uint8. Drawn transposed, as is usual: a line shows what became of one
+    true class, in percent of its pixels. The line of a class that never occurs is grey.
+    """
+    counts = np.asarray(confusion, float).T
+    total = counts.sum(1, keepdims=True)
+    percent = 100 * counts / np.maximum(total, 1)
+    n_true, n_pred = counts.shape
+    cell, pad = min(84, max(18, 960 // n_pred)), 20
+    square = size = min(16, cell - 4)
+    room = 300 if cell > 60 else math.inf  # a name on two lines needs a high cell
+    font, true_names, true_w, _ = _fit(names, room, size)
+    _, pred_names, pred_w, _ = _fit(row_names, room, size)
+    left, bottom = (pad + 48 + square + w for w in (true_w, pred_w))
+    across, down = n_pred * cell, n_true * cell  # size of the matrix
+    bar = left + across + 20  # where the colour scale begins
+    canvas = Image.new("RGB", (bar + 60 + pad, pad + down + bottom), "white")
+
+    # Upright text is written first, on the canvas turned clockwise, and turned back with it.
+    for labels, edge, start, title, at in (
+            (pred_names, bottom, left, "true class", (bottom + down / 2, pad + 8)),
+            (true_names, left, pad, "predicted", (left + across / 2, canvas.height - pad - 8))):
+        canvas = canvas.transpose(Image.Transpose.ROTATE_90)
+        draw = ImageDraw.Draw(canvas)
+        draw.text(at, title, "black", ImageFont.load_default(18), "mm")
+        for i, label in enumerate(labels):
+            x, y = edge - 8 - square, start + (i + 0.5) * cell
+            draw.text((x - 6, y), label, "black", font, "rm", align="right")
+            if i < n_true:  # unmatched clusters have no colour
+                box = (x, y - square / 2, x + square, y + square / 2)
+                draw.rectangle(box, tuple(palette[i].tolist()), "gray")
+
+    # One hue from light to dark, through a mid blue because light to navy directly looks grey.
+    stops = ((236, 66, 8), (243, 146, 48), (251, 198, 107))  # red, green, blue at 0, 50, 100 %
+    blues = np.stack([np.interp(range(101), (0, 50, 100), c) for c in stops], 1).astype(np.uint8)
+    cells = np.where(total[..., None] > 0, blues[percent.round().astype(int)], np.uint8(225))
+    cells = cells.repeat(cell, 0).repeat(cell, 1)
+    cells[::cell] = cells[:, ::cell] = 255  # thin white lines between the cells
+    canvas.paste(Image.fromarray(cells), (left, pad))
+    scale = blues[np.linspace(100, 0, down).astype(int)][:, None].repeat(14, 1)
+    canvas.paste(Image.fromarray(scale), (bar, pad))
+    for y, text in ((7, "100 %"), (down / 2, "50 %"), (down - 7, "0 %")):
+        draw.text((bar + 20, pad + y), text, "black", ImageFont.load_default(14), "lm")
+    font = ImageFont.load_default(max(12, min(20, cell // 2 - 4)))
+    for i, j in np.argwhere((percent >= 1) & (cell >= 26)):  # unreadable in smaller cells
+        at = (left + (j + 0.5) * cell, pad + (i + 0.5) * cell)
+        colour = "white" if percent[i, j] > 60 else "black"
+        draw.text(at, f"{percent[i, j]:.0f}", colour, font, "mm")
+    save_picture(canvas, path)
+
+
+def _axis(values):
+    """Limits of an axis that shows `values` (1-D), and 3 to 7 round positions on it to label."""
+    low, high = (values.min(), values.max()) if len(values) else (0, 1)
+    room = (high - low) / 20
+    if room <= 1e-9 * max(abs(low), abs(high)):  # constant: no extent of its own to go by
+        room = max(abs(low), abs(high)) / 10 or 1
+    low, high = low - room, high + room
+    power = 10.0 ** math.floor(math.log10(high - low))
+    steps = [power * factor for factor in (0.1, 0.2, 0.5, 1, 2, 5)]
+    marks = [np.arange(math.ceil(low / s), math.floor(high / s) + 1) * s for s in steps]
+    return low, high, min(marks, key=lambda m: abs(len(m) - 4.5)) + 0.0  # + 0.0: no "-0"
+
+
+def draw_curves(path, curves):
+    """Save line plots of training curves, up to three side by side, as PNG.
+
+    curves: dict of name -> (steps, values), two equally long lists of numbers; points that are not
+    finite are left out. The values are drawn light, and over them, dark, their mean over a centred
+    window of a tenth of the points (shorter at the ends; below 20 points the values themselves).
+    """
+    light, dark = (246, 208, 130), (0, 114, 178)  # Okabe and Ito's orange (paler) and blue
+    wide, high, pad, sharp = 330, 190, 20, 3  # plots are drawn `sharp` times larger, then reduced
+    font = ImageFont.load_default(14)
+    title_font, titles, _, title_h = _fit(curves, wide, 17)
+    lines = math.ceil(len(curves) / 3)
+    per_line = math.ceil(len(curves) / lines)  # equally full lines: four plots are 2 x 2
+    step_x, step_y = wide + 100, title_h + high + 70
+    canvas = Image.new("RGB", (per_line * step_x + 2 * pad, lines * step_y + 56), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (steps, values) in enumerate(curves.values()):
+        left, top = pad + i % per_line * step_x + 80, pad + i // per_line * step_y + title_h + 8
+        at = (left + wide / 2, top - 8 - title_h / 2)
+        draw.text(at, titles[i], "black", title_font, "mm", align="center")
+        draw.text((left + wide / 2, top + high + 36), "step", "black", font, "mm")
+        points = np.array([steps, values], float)
+        x, y = points[:, np.isfinite(points).all(0)]
+        (x0, x1, x_marks), (y0, y1, y_marks) = _axis(x), _axis(y)
+        plot = Image.new("RGB", (wide * sharp, high * sharp), "white")
+        pen = ImageDraw.Draw(plot)
+        for v, at in zip(x_marks, (x_marks - x0) / (x1 - x0) * wide):
+            pen.line((at * sharp, 0, at * sharp, high * sharp), (230, 230, 230), sharp)
+            draw.text((left + at, top + high + 14), f"{v:.10g}", "black", font, "mm")
+        for v, at in zip(y_marks, (y1 - y_marks) / (y1 - y0) * high):
+            pen.line((0, at * sharp, wide * sharp, at * sharp), (230, 230, 230), sharp)
+            draw.text((left - 8, top + at), f"{v:.10g}", "black", font, "rm")
+        if len(y):
+            window = np.ones(len(y) // 20 * 2 + 1)
+            mean = np.convolve(y, window, "same") / np.convolve(y * 0 + 1, window, "same")
+            for curve, colour, thick in ((y, light, 4), (mean, dark, 6)):
+                line = np.stack([(x - x0) / (x1 - x0) * wide, (y1 - curve) / (y1 - y0) * high], 1)
+                line = line.round(3) * sharp  # a flat line must not flicker between two pixels
+                pen.line(line.ravel().tolist(), colour, thick, joint="curve")
+            if len(y) == 1:
+                pen.ellipse((*(line[0] - 9), *(line[0] + 9)), dark)
+        canvas.paste(plot.resize((wide, high), Image.Resampling.BOX), (left, top))
+        draw.line((left, top, left, top + high, left + wide, top + high), "black")
+    y = canvas.height - pad - 8
+    for x, colour, text in ((pad + 80, light, "values"), (pad + 190, dark, "moving average")):
+        draw.line((x, y, x + 24, y), colour, 3)
+        draw.text((x + 32, y), text, "black", font, "lm")
+    save_picture(canvas, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------
+
+def model_probes(model):
+    """name -> (probe, what it reads) of a trained model, and the name of the probe that is the prediction."""
+    probes = {ONLINE: (model.cluster_probe, "codes"), REFIT: (model.refit_probe, "codes"),
+              LINEAR: (model.linear_probe, "codes")}
+    probes = {name: entry for name, entry in probes.items() if entry[0] is not None}
+    return probes, REFIT if REFIT in probes else ONLINE
+
+
+def choose_device(name):
+    """The torch.device called `name`, or for "auto" the first there is of cuda, mps, cpu."""
+    if name != "auto":
+        try:
+            torch.zeros(1, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def run(main):
+    """main(), with a user's mistake as one sentence and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt of a training run")
+    parser.add_argument("--predict", metavar="FOLDER", help="segment the images below this folder, of any size")
+    parser.add_argument("--out", metavar="FOLDER", help="where results go (default: eval-<split> beside the checkpoint)")
+    parser.add_argument("--dataset", choices=data.DATASETS, help="default: the one it was trained on")
+    parser.add_argument("--data-root", metavar="FOLDER", help="default: the one it was trained on")
+    parser.add_argument("--split", default="val", help="val, train, or dev of the scenes (default val)")
+    parser.add_argument("--eval-resolution", type=int, help="pixels of the shorter side (default: as in training)")
+    parser.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True,
+                        help="sharpen with the dense CRF; --no-crf is several times faster")
+    parser.add_argument("--clusters", choices=("refit", "online"), default="refit",
+                        help="k-means on the finished codes (default), or the probe trained beside the head")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode images and run CRFs")
+    args = parser.parse_args()
+
+    model, config = load_checkpoint(args.checkpoint, choose_device(args.device))
+    size = data.round_to_patch(args.eval_resolution or config["eval_resolution"], model.backbone.patch_size)
+    probes, prediction = model_probes(model)
+    if args.clusters == "online":
+        prediction = ONLINE
+    if args.predict:
+        if not args.out:
+            raise InputError("--predict needs --out FOLDER for the results")
+        # After training on labelled images the clusters of this probe have the names and colours of classes.
+        n, named = len(probes[prediction][0].centroids), config.get("assignments", {}).get(prediction)
+        names = cluster_names(named or [-1] * n, config.get("classes"), range(n))
+        palette = cluster_palette(named or range(n), np.array(config.get("palette", data.class_palette(n)), np.uint8))
+        n = predict_folder(model, probes[prediction][0], args.predict, args.out, size, palette, names, args.crf)
+        print(f"{n} images segmented into {args.out}")
+        return
+    collection = data.load_collection(args.dataset or config["dataset"], args.data_root or config["data_root"],
+                                      args.split, config["num_classes"])
+    confusions, samples = evaluate(model, collection, size, probes, args.crf, workers=args.workers)
+    out = args.out or Path(args.checkpoint).parent / f"eval-{args.split}"
+    report(out, confusions, samples, collection, probes, prediction)
+    print(f"scores and pictures are in {out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,271 @@
+"""data.py: reading images and labels, layouts, views, the feature cache, neighbours."""
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as nnf
+import torchvision.transforms.functional as TF
+from PIL import Image
+
+import data
+import stego
+
+
+def save_image(path, width=40, height=30, mode="RGB", seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return pixels
+
+
+def save_label(path, ids):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(ids)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """imgs/{train,val} with three labelled training images and one image to evaluate."""
+    for i, name in enumerate(("a.png", "b.jpg", "sub/c.png")):
+        save_image(tmp_path / "imgs/train" / name, seed=i)
+        ids = np.random.default_rng(i).integers(0, 4, (30, 40), np.uint8)
+        save_label((tmp_path / "labels/train" / name).with_suffix(".png"), ids)
+    save_image(tmp_path / "imgs/val/v.png", seed=9)
+    return tmp_path
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(5)
+    vit = stego.VisionTransformer(8, 16, 2, 2, image_size=16)
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return vit.eval().requires_grad_(False)
+
+
+# ---- images and labels ----
+
+@pytest.mark.parametrize("mode, name", [("RGB", "x.png"), ("RGB", "x.jpg"), ("L", "x.png"), ("P", "x.png"), ("RGBA", "x.png"),
+                                        ("LA", "x.png"), ("CMYK", "x.jpg"), ("1", "x.png"), ("P", "x.gif")])
+def test_every_kind_of_image_becomes_rgb(mode, name, tmp_path):
+    save_image(tmp_path / name, mode=mode)
+    image = data.read_image(tmp_path / name)
+    assert image.mode == "RGB" and image.size == (40, 30)
+
+
+def test_16_bit_grey_keeps_its_upper_bits(tmp_path):
+    grey = np.array([[0, 256 * 7, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    assert np.asarray(data.read_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 7, 255]
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    Image.new("RGB", (40, 30)).save(tmp_path / "turned.jpg", exif=exif)
+    assert data.read_image(tmp_path / "turned.jpg").size == (30, 40)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0 truncated"])
+def test_an_unreadable_image_is_named(content, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(content)
+    with pytest.raises(stego.InputError, match="bad.jpg"):
+        data.read_image(tmp_path / "bad.jpg")
+
+
+def test_ids_outside_the_classes_are_void(tmp_path):
+    save_label(tmp_path / "l.png", np.array([[0, 3, 4, 255]], np.uint8))
+    save_label(tmp_path / "deep.png", np.array([[0, 3, 4, 700]], np.uint16))
+    for name in ("l.png", "deep.png"):
+        assert data.read_label(tmp_path / name, 4).tolist() == [[0, 3, 255, 255]]
+
+
+def test_a_coloured_label_is_refused(tmp_path):
+    save_image(tmp_path / "l.png")
+    with pytest.raises(stego.InputError, match="l.png.*class id"):
+        data.read_label(tmp_path / "l.png", 4)
+
+
+# ---- the directory layout ----
+
+def test_directory_pairs_by_stem_and_reads_class_names(folder):
+    (folder / "classes.txt").write_text("sky\nroad\n\ntree\n")
+    train, val = data.Directory(folder, "train"), data.Directory(folder, "val")
+    assert (len(train), len(val)) == (3, 1) and train.has_labels and not val.has_labels
+    assert train.names == ["sky", "road", "tree"] and train.n_classes == 3
+    for i in range(3):
+        ids = np.random.default_rng(i).integers(0, 4, (30, 40), np.uint8)
+        assert np.array_equal(train.label(i), np.where(ids < 3, ids, data.VOID))
+    assert val.label(0) is None
+
+
+def test_a_plain_folder_of_photos_is_enough(tmp_path):
+    save_image(tmp_path / "deep/er/one.jpg")
+    save_image(tmp_path / "two.PNG")
+    (tmp_path / "notes.txt").write_text("no image")
+    for split in ("train", "val"):
+        photos = data.Directory(tmp_path, split, n_classes=5)
+        assert len(photos) == 2 and not photos.has_labels and photos.names[4] == "class 4"
+
+
+def test_without_val_the_training_images_are_evaluated(folder):
+    (folder / "imgs/val/v.png").unlink()
+    (folder / "imgs/val").rmdir()
+    val = data.Directory(folder, "val", 4)
+    assert val.split == "train" and len(val) == 3 and val.has_labels
+
+
+def test_directory_says_what_is_wrong(folder):
+    with pytest.raises(stego.InputError, match="no such folder"):
+        data.Directory(folder / "nowhere", "train", 4)
+    with pytest.raises(stego.InputError, match="--num-classes"):
+        data.Directory(folder, "train")
+    save_image(folder / "imgs/train/a.jpg")
+    with pytest.raises(stego.InputError, match="same name"):
+        data.Directory(folder, "train", 4)
+    (folder / "empty").mkdir()
+    with pytest.raises(stego.InputError, match="no images"):
+        data.Directory(folder / "empty", "train", 4)
+
+
+def test_class_colours_are_distinct_and_never_black():
+    colours = {tuple(colour) for colour in data.class_palette(256).tolist()}
+    assert len(colours) == 256 and (0, 0, 0) not in colours
+
+
+# ---- views ----
+
+def test_five_crop_cuts_the_full_size_image_before_it_is_resized():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
+    parts = TF.five_crop(image, (45, 60))
+    views = data.views(image, 32, "five")
+    assert len(views) == 5
+    for part, view in zip(parts, views):
+        expected = part.resize((42, 32), Image.Resampling.NEAREST).crop((5, 0, 37, 32))
+        assert np.array_equal(np.asarray(view), np.asarray(expected))
+
+
+@pytest.mark.parametrize("width, height", [(1, 1), (1, 50), (301, 7), (32, 32), (33, 47)])
+@pytest.mark.parametrize("crop", ["none", "five"])
+def test_views_of_odd_sizes_are_square(width, height, crop):
+    assert all(view.size == (32, 32) for view in data.views(Image.new("RGB", (width, height)), 32, crop))
+
+
+def test_labels_go_through_the_same_view_as_their_image(folder):
+    train = data.Directory(folder, "train", 4)
+    train.image = lambda i: Image.fromarray(np.stack([train.label(i)] * 3, -1))
+    for crop in ("none", "five"):
+        images, labels = data.Views(train, 16, crop)[0]
+        assert torch.equal(images[:, 0], labels)
+
+
+def test_a_label_of_another_size_is_named_with_both_sizes(folder):
+    save_label(folder / "labels/train/b.png", np.zeros((10, 20), np.uint8))
+    with pytest.raises(stego.InputError, match=r"b.jpg.*40 x 30.*20 x 10"):
+        list(data.batches(data.Views(data.Directory(folder, "train", 4), 16), 2, 0))
+
+
+def test_all_bad_images_of_a_batch_are_named_together(folder):
+    for name in ("a.png", "b.jpg"):
+        (folder / "imgs/train" / name).write_bytes(b"broken")
+    with pytest.raises(stego.InputError, match="a.png.*b.jpg"):
+        list(data.batches(data.Views(data.Directory(folder, "train", 4), 16), 3, 1))
+
+
+def test_round_to_patch():
+    assert [data.round_to_patch(size, 14) for size in (224, 320, 1)] == [224, 322, 14]
+
+
+# ---- features ----
+
+@pytest.mark.parametrize("crop, per_image", [("none", 1), ("five", 5)])
+@pytest.mark.parametrize("facet", ["token", "key"])
+def test_cached_features_equal_a_straight_pass(folder, backbone, crop, per_image, facet, tmp_path):
+    train = data.Directory(folder, "train", 4)
+    features = data.extract_features(backbone, train, 16, crop, facet, tmp_path / "cache", batch_size=2, workers=0)
+    assert features.maps.shape == (3 * per_image, 16, 2, 2) and features.maps.dtype == torch.float16
+    for i in range(3):
+        images, labels = data.Views(train, 16, crop)[i]
+        expected, rows = backbone(data.normalize(images), facet), slice(i * per_image, (i + 1) * per_image)
+        torch.testing.assert_close(features.maps[rows].float(), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(features.vectors[rows], expected.mean((2, 3)))
+        assert torch.equal(features.labels[rows], labels)
+
+
+def test_the_second_run_reads_no_image(folder, backbone, tmp_path, monkeypatch):
+    train = data.Directory(folder, "train", 4)
+    first = data.extract_features(backbone, train, 16, cache_dir=tmp_path / "cache", workers=0)
+    monkeypatch.setattr(data, "read_image", lambda path: pytest.fail("read an image"))
+    second = data.extract_features(backbone, train, 16, cache_dir=tmp_path / "cache", workers=0)
+    assert torch.equal(first.maps, second.maps)
+
+
+def test_a_killed_extraction_goes_on_where_it_was(folder, backbone, tmp_path, monkeypatch):
+    train = data.Directory(folder, "train", 4)
+    extract = lambda where: data.extract_features(backbone, train, 16, cache_dir=where, batch_size=1, workers=0)
+    undisturbed = extract(tmp_path / "one")
+    monkeypatch.setattr(data.time, "monotonic", iter(range(0, 10 ** 6, 10)).__next__)  # progress after every batch
+    read, done = data.read_image, []
+    monkeypatch.setattr(data, "read_image", lambda path: done.append(path) or (read(path) if len(done) < 3 else 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        extract(tmp_path / "two")
+    assert len(done) == 3 and not [path for path in (tmp_path / "two").iterdir() if path.suffix != ".partial"]
+    monkeypatch.setattr(data, "read_image", lambda path: done.append(path) or read(path))
+    resumed = extract(tmp_path / "two")
+    assert len(done) == 4  # only the third image was read again
+    assert torch.equal(resumed.maps, undisturbed.maps) and torch.equal(resumed.labels, undisturbed.labels)
+
+
+def test_another_file_weight_size_crop_or_facet_is_another_cache(folder, backbone):
+    key = lambda size=16, crop="none", facet="token", **kwargs: data.cache_key(
+        backbone, facet, data.Directory(folder, "train", 4), size, crop)
+    original = key()
+    assert key() == original
+    seen = {original, key(size=32), key(crop="five"), key(facet="key")}
+    os.utime(folder / "imgs/train/a.png", ns=(1, 1))
+    seen.add(key())
+    (folder / "imgs/train/a.png").rename(folder / "imgs/train/z.png")
+    seen.add(key())
+    backbone.norm.bias += 1
+    seen.add(key())
+    assert len(seen) == 7
+
+
+def test_reading_the_cache_cannot_change_it(folder, backbone, tmp_path):
+    extract = lambda: data.extract_features(backbone, data.Directory(folder, "train", 4), 16, cache_dir=tmp_path / "c", workers=0)
+    maps = extract().maps
+    before = maps.clone()
+    maps.zero_()
+    assert torch.equal(extract().maps, before)
+
+
+# ---- neighbours ----
+
+def test_nearest_neighbors_equal_brute_force_and_leave_the_item_out(monkeypatch):
+    vectors = torch.randn(50, 8) * torch.rand(50, 1) * 10
+    similarity = nnf.cosine_similarity(vectors[:, None], vectors[None], dim=2).fill_diagonal_(-2)
+    expected = similarity.argsort(1, descending=True)[:, :7]
+    assert torch.equal(data.nearest_neighbors(vectors, 7), expected)
+
+
+def test_nearest_neighbors_do_not_depend_on_the_blocks():
+    vectors = torch.randn(9000, 4)  # three blocks
+    few = data.nearest_neighbors(vectors, 3)
+    for i in (0, 3727, 3728, 8999):
+        similarity = nnf.cosine_similarity(vectors[i:i + 1], vectors)
+        similarity[i] = -2
+        assert few[i].tolist() == similarity.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("k", [0, 5, 6])
+def test_impossible_numbers_of_neighbors_are_refused(k):
+    with pytest.raises(ValueError, match="neighbours"):
+        data.nearest_neighbors(torch.randn(5, 3), k)
+
+
+def test_scenes_are_a_labelled_collection_with_disjoint_splits():
+    train, dev, val = (data.Scenes(split) for split in ("train", "dev", "val"))
+    assert len(train) == 1000 and len(dev) == len(val) == 200 and train.has_labels
+    assert train.label(0).max() < train.n_classes == len(train.names) == len(train.palette)
+    assert len({collection.image(0).tobytes() for collection in (train, dev, val)}) == 3

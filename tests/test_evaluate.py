@@ -1,0 +1,262 @@
+"""evaluate.py: matching, scores, k-means, probabilities, prediction of photos, pictures."""
+import itertools
+import json
+import os
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import data
+import evaluate
+import stego
+
+GOLDEN = np.load(ROOT / "tests/golden_stego.npz")
+
+
+# ---- confusion matrix, Hungarian matching, scores ----
+
+def test_confusion_matrix_equals_a_slow_count_and_leaves_void_out():
+    pred, label = torch.randint(0, 5, (3, 8, 8)), torch.randint(-1, 5, (3, 8, 8))
+    label[0, 0, :3] = 255
+    expected = np.zeros((5, 4), int)
+    for p, c in zip(pred.flatten().tolist(), label.flatten().tolist()):
+        if 0 <= c < 4:
+            expected[p, c] += 1
+    counts = evaluate.confusion_matrix(pred, label, 5, 4)
+    assert counts.dtype == torch.int64 and np.array_equal(counts, expected)
+
+
+def test_confusion_matrix_of_uint8_maps_does_not_overflow():
+    counts = evaluate.confusion_matrix(torch.full((4, 4), 25, dtype=torch.uint8), np.full((4, 4), 26, np.uint8), 27, 27)
+    assert counts[25, 26] == 16 and counts.sum() == 16
+
+
+@pytest.mark.parametrize("pred, label", [(torch.zeros(3), torch.zeros(4)), (torch.tensor([7]), torch.tensor([0])),
+                                         (torch.tensor([-1]), torch.tensor([0]))])
+def test_confusion_matrix_refuses_what_it_cannot_count(pred, label):
+    with pytest.raises(ValueError):
+        evaluate.confusion_matrix(pred, label, 3, 3)
+
+
+def total(score, assignment):
+    return sum(score[k, c] for k, c in enumerate(assignment) if c >= 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 4), (6, 6), (3, 6), (6, 3), (1, 5), (5, 1)])
+def test_hungarian_equals_brute_force(shape):
+    generator = np.random.default_rng(0)
+    for trial in range(20):
+        score = generator.integers(0, 10, shape) if trial % 2 else generator.normal(size=shape)  # with and without ties
+        n, m = shape
+        if n <= m:
+            best = max(sum(score[k, c] for k, c in enumerate(p)) for p in itertools.permutations(range(m), n))
+        else:
+            best = max(sum(score[k, c] for c, k in enumerate(p)) for p in itertools.permutations(range(n), m))
+        assignment = evaluate.hungarian(score)
+        used = assignment[assignment >= 0]
+        assert len(assignment) == n and len(used) == len(set(used.tolist())) == min(n, m)
+        assert total(score, assignment) == pytest.approx(best)
+
+
+def test_hungarian_equals_scipy_on_large_matrices():
+    optimize = pytest.importorskip("scipy.optimize")
+    for shape in ((27, 27), (60, 40), (40, 60)):
+        score = np.random.default_rng(1).integers(0, 10 ** 9, shape)
+        assert total(score, evaluate.hungarian(score)) == score[optimize.linear_sum_assignment(score, maximize=True)].sum()
+
+
+def test_hungarian_refuses_nan():
+    with pytest.raises(ValueError, match="finite"):
+        evaluate.hungarian([[np.nan, 1.0], [0.0, 1.0]])
+
+
+def test_matched_scores_equal_golden():
+    counts = evaluate.confusion_matrix(GOLDEN["metrics0_pred"], GOLDEN["metrics0_label"], 7, 7)
+    assignment = evaluate.hungarian(counts)
+    assert assignment.tolist() == GOLDEN["metrics0_assignment"].tolist()
+    result = evaluate.scores(counts, assignment)
+    assert result["miou"] == pytest.approx(float(GOLDEN["metrics0_miou"]), abs=1e-5)
+    assert result["accuracy"] == pytest.approx(float(GOLDEN["metrics0_acc"]), abs=1e-5)
+
+
+def test_linear_scores_equal_golden():
+    result = evaluate.scores(evaluate.confusion_matrix(GOLDEN["linear_pred"], GOLDEN["linear_label"], 7, 7), np.arange(7))
+    assert result["miou"] == pytest.approx(float(GOLDEN["linear_miou"]), abs=1e-5)
+    assert result["accuracy"] == pytest.approx(float(GOLDEN["linear_acc"]), abs=1e-5)
+
+
+def test_pixels_of_an_unmatched_cluster_are_errors():
+    counts = np.array([[6, 0], [0, 6], [2, 2]])
+    result = evaluate.scores(counts, evaluate.hungarian(counts))
+    assert result["accuracy"] == pytest.approx(100 * 12 / 16)
+    assert result["iou"] == pytest.approx([75.0, 75.0])
+
+
+def test_a_class_that_never_occurs_is_not_in_the_mean():
+    result = evaluate.scores(np.array([[5, 0, 0], [5, 10, 0], [0, 0, 0]]), np.arange(3))
+    assert result["iou"][:2] == pytest.approx([50.0, 200 / 3]) and np.isnan(result["iou"][2])
+    assert result["miou"] == pytest.approx((50 + 200 / 3) / 2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_without_a_labelled_pixel_there_is_no_score_and_no_warning():
+    assert np.isnan(evaluate.scores(np.zeros((2, 2)), np.arange(2))["miou"])
+
+
+# ---- k-means ----
+
+def blobs(n=300):
+    centers = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)
+    labels = torch.arange(n) % 4
+    return (centers[labels] + 0.05 * torch.randn(n, 8)) * (0.1 + 5 * torch.rand(n, 1)), labels  # lengths must not matter
+
+
+def test_kmeans_finds_separated_directions():
+    codes, labels = blobs()
+    centroids = evaluate.kmeans(codes, 4, restarts=3, seed=0)
+    torch.testing.assert_close(centroids.norm(dim=1), torch.ones(4))
+    counts = evaluate.confusion_matrix((codes @ centroids.T).argmax(1), labels, 4, 4)
+    assert evaluate.scores(counts, evaluate.hungarian(counts))["accuracy"] == 100
+
+
+def test_kmeans_is_deterministic_per_seed_and_more_restarts_are_never_worse():
+    codes = torch.randn(400, 6)
+    objective = lambda centroids: (torch.nn.functional.normalize(codes, dim=1) @ centroids.T).amax(1).mean()
+    assert torch.equal(evaluate.kmeans(codes, 9, 2, seed=3), evaluate.kmeans(codes, 9, 2, seed=3))
+    assert objective(evaluate.kmeans(codes, 9, 8, seed=3)) >= objective(evaluate.kmeans(codes, 9, 1, seed=3))
+
+
+def test_kmeans_fills_every_cluster_and_survives_identical_codes():
+    codes = torch.cat([torch.ones(50, 3), torch.randn(6, 3)])
+    nearest = (torch.nn.functional.normalize(codes, dim=1) @ evaluate.kmeans(codes, 6, 3, seed=0).T).argmax(1)
+    assert len(nearest.unique()) == 6
+    assert torch.isfinite(evaluate.kmeans(torch.ones(20, 3), 4, 2, seed=0)).all()
+    with pytest.raises(ValueError, match="clusters"):
+        evaluate.kmeans(codes, 57)
+
+
+def test_sampled_positions_are_positions_of_the_maps():
+    maps = torch.randn(10, 3, 4, 5).half()
+    points = evaluate.sample_positions(maps, lambda x: x, n_points=60)
+    everything = {tuple(v) for v in maps.float().permute(0, 2, 3, 1).reshape(-1, 3).tolist()}
+    assert len(points) == 60 and len({tuple(v) for v in points.tolist()} & everything) == 60
+
+
+# ---- probabilities and prediction ----
+
+@pytest.fixture
+def model():
+    torch.manual_seed(2)
+    vit = stego.VisionTransformer(8, 16, 1, 1, image_size=32)
+    model = stego.Stego(vit, 6, 5, n_classes=3).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.refit_probe = stego.ClusterProbe(6, 5)
+    return model
+
+
+def test_flip_averaging_is_equivariant_to_mirroring(model):
+    images = torch.randn(2, 3, 32, 48)
+    features, codes = evaluate.flip_averaged(model, images)
+    torch.testing.assert_close(evaluate.flip_averaged(model, images.flip(3))[1], codes.flip(3))
+    expected = (model(images) + model(images.flip(3)).flip(3)) / 2
+    torch.testing.assert_close(codes, expected)
+    torch.testing.assert_close(features, (model.features(images) + model.features(images.flip(3)).flip(3)) / 2)
+
+
+def test_log_probabilities_are_of_upsampled_codes(model):
+    codes = torch.randn(1, 6, 4, 4)
+    up = torch.nn.functional.interpolate(codes, (32, 32), mode="bilinear", align_corners=False)
+    clusters = evaluate.log_probabilities(model.cluster_probe, codes, (32, 32))
+    torch.testing.assert_close(clusters, (2 * model.cluster_probe(up)).log_softmax(1))
+    torch.testing.assert_close(evaluate.log_probabilities(model.linear_probe, codes, (32, 32)),
+                               model.linear_probe(up).log_softmax(1))
+    torch.testing.assert_close(clusters.exp().sum(1), torch.ones(1, 32, 32))
+
+
+@pytest.mark.parametrize("width, height", [(70, 33), (5, 400), (1, 1)])
+@pytest.mark.parametrize("crf", [True, False])
+def test_photos_of_any_size_are_segmented_at_their_own_size(model, width, height, crf):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+    ids = evaluate.predict(model, model.refit_probe, image, 32, crf)
+    assert ids.shape == (height, width) and ids.dtype == np.uint8 and ids.max() < 5
+
+
+def test_predicted_folder_keeps_names_sizes_and_colours(model, tmp_path):
+    for name, size in (("a.jpg", (50, 40)), ("sub/b.png", (33, 71))):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size[::-1], 3), np.uint8)).save(tmp_path / "photos" / name)
+    palette, out = data.class_palette(5), tmp_path / "out"
+    names = [f"cluster {k}" for k in range(5)]
+    assert evaluate.predict_folder(model, model.refit_probe, tmp_path / "photos", out, 32, palette, names, crf=False) == 2
+    with Image.open(out / "sub/b.png") as segmented:
+        assert segmented.mode == "P" and segmented.size == (33, 71)
+        ids, colours = np.asarray(segmented), np.asarray(segmented.convert("RGB"))
+    assert np.array_equal(colours, palette[ids])
+    assert Image.open(out / "sub/b_overlay.jpg").size == (33, 71) and (out / "panel.png").is_file()
+    assert json.loads((out / "clusters.json").read_text())["3"] == {"name": "cluster 3", "color": palette[3].tolist()}
+    with pytest.raises(stego.InputError, match="inside"):
+        evaluate.predict_folder(model, model.refit_probe, tmp_path / "photos", tmp_path / "photos/out", 32, palette, names)
+
+
+class Made:
+    """Two random images, with labels or without."""
+    names, n_classes, palette, root, split = ["a", "b", "c"], 3, data.class_palette(3), "made", "val"
+
+    def __init__(self, has_labels):
+        self.has_labels = has_labels
+
+    def __len__(self):
+        return 2
+
+    def image(self, i):
+        return Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 60, 3), np.uint8))
+
+    def label(self, i):
+        return np.random.default_rng(i).integers(0, 4, (40, 60)).astype(np.uint8) if self.has_labels else None
+
+
+def test_evaluation_equals_a_straight_computation(model, tmp_path):
+    probes, prediction = evaluate.model_probes(model)
+    confusions, samples = evaluate.evaluate(model, Made(True), 32, probes, crf=True, batch_size=2, workers=1)
+    assert prediction == evaluate.REFIT and list(confusions) == [name + crf for name in probes for crf in ("", " + CRF")]
+    expected = {name: 0 for name in confusions}
+    for i in range(2):
+        images, labels = data.Views(Made(True), 32)[i]
+        codes = evaluate.flip_averaged(model, data.normalize(images))[1]
+        for name, (probe, _) in probes.items():
+            log_p = evaluate.log_probabilities(probe, codes, (32, 32))[0]
+            n = log_p.shape[0]
+            expected[name] += evaluate.confusion_matrix(log_p.argmax(0), labels[0], n, 3)
+            refined = evaluate.dense_crf(images[0].permute(1, 2, 0).numpy(), log_p.exp().detach().numpy())
+            expected[name + " + CRF"] += evaluate.confusion_matrix(refined.argmax(0), labels[0], n, 3)
+    for name in confusions:
+        assert torch.equal(confusions[name], expected[name])
+    summary = evaluate.report(tmp_path, confusions, samples, Made(True), probes, prediction)
+    assert json.loads((tmp_path / "scores.json").read_text())["results"][prediction]["miou"] == pytest.approx(
+        summary["results"][prediction]["miou"])
+    for name in ("panel.png", "confusion.png"):
+        Image.open(tmp_path / name).load()
+
+
+def test_without_labels_there_are_pictures_and_no_scores(model, tmp_path):
+    model.linear_probe = None
+    probes, prediction = evaluate.model_probes(model)
+    confusions, samples = evaluate.evaluate(model, Made(False), 32, probes, crf=False, workers=0)
+    summary = evaluate.report(tmp_path, confusions, samples, Made(False), probes, prediction)
+    assert summary["results"] == {} and not (tmp_path / "confusion.png").exists()
+    Image.open(tmp_path / "panel.png").load()
+
+
+def test_a_dying_crf_process_is_an_error_and_no_hang(model, monkeypatch):
+    monkeypatch.setattr(evaluate, "crf_labels", die)
+    with pytest.raises(BrokenProcessPool):
+        evaluate.evaluate(model, Made(True), 32, evaluate.model_probes(model)[0], crf=True, workers=1)
+
+
+def die(image, probabilities):
+    os._exit(1)

@@ -1,0 +1,212 @@
+"""train.py and evaluate.py as they are used: whole runs, interruption and resume, settings, mistakes."""
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import data
+import stego
+import train
+
+VIT = dict(patch_size=8, embed_dim=16, depth=1, num_heads=1, image_size=32)
+SMALL = ("--num-classes 3 --backbone vit.pth --resolution 32 --eval-resolution 32 --code-dim 5 --batch-size 4 "
+         "--steps 12 --checkpoint-every 4 --log-every 4 --device cpu --workers 1").split()
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with 12 labelled training images, 2 to evaluate, and the weights of a tiny ViT; the current folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(3)
+    vit = stego.VisionTransformer(**VIT)
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.save(vit.state_dict(), "vit.pth")
+    for split, n in (("train", 12), ("val", 2)):
+        for i in range(n):
+            ids = np.random.default_rng(i).integers(0, 3, (4, 6)).repeat(10, 0).repeat(10, 1).astype(np.uint8)
+            for kind, pixels in (("imgs", data.class_palette(3)[ids]), ("labels", ids)):
+                folder = tmp_path / "images" / kind / split
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path
+
+
+def run(script, *arguments):
+    return subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True)
+
+
+def train_here(monkeypatch, *arguments):
+    """train.main() in this process, which spares the start of another."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    train.main()
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+# ---- whole runs ----
+
+def test_train_evaluate_and_predict(workplace):
+    result = run("train.py", "--data-root", "images", "--name", "t", *SMALL)
+    assert result.returncode == 0, result.stderr
+    folder = workplace / "runs/t"
+    for row in ("k-means on features", "cluster probe", "k-means on codes", "linear probe"):
+        assert row in result.stdout
+    scores = json.loads((folder / "scores.json").read_text())
+    assert len(scores["results"]) == 8 and all(0 <= row["miou"] <= 100 for row in scores["results"].values())
+    assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [4, 8, 12]
+    for name in ("panel.png", "confusion.png", "losses.png"):
+        Image.open(folder / name).load()
+
+    again = run("evaluate.py", "--checkpoint", "runs/t/checkpoint.pt", "--no-crf", "--device", "cpu", "--workers", "1")
+    assert again.returncode == 0, again.stderr
+    rescored = json.loads((folder / "eval-val/scores.json").read_text())["results"]
+    assert all(rescored[name] == scores["results"][name] for name in rescored) and "linear probe" in rescored
+
+    (workplace / "vit.pth").unlink()  # a checkpoint needs nothing else
+    predicted = run("evaluate.py", "--checkpoint", "runs/t/checkpoint.pt", "--predict", "images/imgs/val", "--out", "out",
+                    "--device", "cpu")
+    assert predicted.returncode == 0, predicted.stderr
+    assert sorted(path.name for path in (workplace / "out").iterdir()) == [
+        "0.png", "0_overlay.jpg", "1.png", "1_overlay.jpg", "clusters.json", "panel.png"]
+    assert Image.open("out/0.png").size == (60, 40)
+
+
+def test_without_labels_everything_runs_and_nothing_is_nan(workplace, monkeypatch, capsys):
+    train_here(monkeypatch, "--data-root", "images/imgs/train", "--name", "t", "--no-crf", *SMALL)
+    model, config = stego.load_checkpoint("runs/t/checkpoint.pt")
+    assert model.linear_probe is None and all(torch.isfinite(value).all() for value in model.state_dict().values())
+    rows = [json.loads(line) for line in open("runs/t/log.jsonl")]
+    assert rows[-1].keys() == {"step", "self", "knn", "rand", "cluster"} and np.isfinite(rows[-1]["knn"])
+    assert json.loads(open("runs/t/scores.json").read())["results"] == {}
+    Image.open("runs/t/panel.png").load()
+
+
+def test_five_crops_and_keys(workplace, monkeypatch):
+    train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", "--crop", "five", "--facet", "key", *SMALL)
+    model, config = stego.load_checkpoint("runs/t/checkpoint.pt")
+    assert model.facet == "key" and config["crop"] == "five"
+    assert next((workplace / "cache").glob("*/vectors.npy")) and len(data.open_map(next(workplace.glob("cache/*/maps.npy")))) == 60
+
+
+def test_the_same_command_gives_the_same_weights_and_another_seed_others(workplace, monkeypatch):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        train_here(monkeypatch, "--data-root", "images", "--name", name, "--no-crf", "--seed", seed, *SMALL)
+    a, b, c = (weights(workplace / "runs" / name) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["head.linear.weight"], c["head.linear.weight"])
+
+
+def test_the_probes_teach_the_head_nothing(workplace, monkeypatch):
+    train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", *SMALL,
+               *"--lambda-self 0 --lambda-knn 0 --lambda-rand 0".split())
+    after, backbone = weights(workplace / "runs/t"), stego.load_backbone("vit.pth")
+    torch.manual_seed(0)
+    before = stego.Stego(backbone, 5, 3, 3).state_dict()
+    for name in before:
+        changed = not torch.equal(before[name], after[name])
+        assert changed == name.startswith(("cluster_probe", "linear_probe")), name
+
+
+# ---- interruption ----
+
+def start(*arguments):
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_when(process, condition):
+    """SIGKILL as soon as the condition holds."""
+    deadline = time.monotonic() + 60
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_run_killed_while_it_extracts_and_while_it_trains_ends_like_an_undisturbed_one(workplace, monkeypatch):
+    settings = ["--data-root", "images", "--no-crf", *SMALL, "--steps", "300", "--checkpoint-every", "20"]
+    train_here(monkeypatch, *settings, "--name", "undisturbed", "--cache-dir", "other")
+    cache, folder = workplace / "cache", workplace / "runs/t"
+
+    kill_when(start(*settings, "--name", "t"), lambda: list(cache.glob("*.partial")))
+    assert not (folder / "checkpoint.pt").exists()
+    kill_when(start("--resume", "--name", "t", "--checkpoint-every", "20"), (folder / "checkpoint.pt").exists)
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["training"]["step"]
+    assert 0 < step < 300
+    train_here(monkeypatch, "--resume", "--name", "t")
+
+    resumed, undisturbed = weights(folder), weights(workplace / "runs/undisturbed")
+    assert resumed.keys() == undisturbed.keys() and all(torch.equal(resumed[key], undisturbed[key]) for key in resumed)
+    logs = [(workplace / f"runs/{name}/log.jsonl").read_text() for name in ("t", "undisturbed")]
+    steps = [[json.loads(line)["step"] for line in log.splitlines()] for log in logs]
+    assert steps[0] == sorted(set(steps[0])) and steps[0][-1] == 300
+
+
+# ---- settings ----
+
+def test_explicit_options_win_over_the_preset_and_the_preset_over_the_defaults():
+    config = train.resolve({"preset": "cocostuff27-vits8", "dataset": "directory", "code_dim": 12})
+    assert config["code_dim"] == 12 and config["b_rand"] == 0.66 and config["lr"] == train.DEFAULTS["lr"]
+    assert train.resolve({})["dataset"] == "scenes"
+    assert train.resolve({"data_root": "photos"})["dataset"] == "directory"
+
+
+def test_every_preset_setting_is_a_setting():
+    for preset in stego.PRESETS.values():
+        assert preset.keys() <= train.DEFAULTS.keys()
+
+
+def test_batches_of_an_epoch_visit_every_view_at_most_once():
+    batches = [train.batch_of(step, 14, 4, seed=5) for step in range(6)]
+    for epoch in (batches[:3], batches[3:]):
+        assert len(torch.cat(epoch).unique()) == 12
+    assert not torch.equal(torch.cat(batches[:3]), torch.cat(batches[3:]))
+
+
+def test_linear_loss_ignores_void_and_costs_nothing_without_labels():
+    logits, labels = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randint(0, 3, (2, 8, 8)).byte()
+    labels[0, :5] = data.VOID
+    up = torch.nn.functional.interpolate(logits, (8, 8), mode="bilinear", align_corners=False)
+    expected = -up.log_softmax(1).gather(1, labels.long().clamp(max=2)[:, None])[:, 0][labels != data.VOID].mean()
+    torch.testing.assert_close(train.linear_probe_loss(logits, labels), expected)
+    nothing = train.linear_probe_loss(logits, torch.full((2, 8, 8), data.VOID, dtype=torch.uint8))
+    nothing.backward()
+    assert nothing == 0 and (logits.grad == 0).all()
+
+
+# ---- mistakes ----
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data-root", "nowhere", "--num-classes", "3"], "nowhere"),
+    (["--data-root", "images", "--backbone", "vit.pth"], "--num-classes"),
+    (["--dataset", "directory"], "--data-root"),
+    (["--data-root", "images", "--num-classes", "3", "--backbone", "resnet50"], "resnet50"),
+    (["--data-root", "images", *SMALL, "--batch-size", "1"], "--batch-size"),
+    (["--data-root", "images", *SMALL, "--batch-size", "13"], "--batch-size 13"),
+    (["--data-root", "images", *SMALL, "--steps", "0"], "--steps"),
+    (["--data-root", "images", *SMALL, "--device", "abacus"], "abacus"),
+    (["--resume", "--name", "never"], "never")])
+def test_mistakes_are_told_in_a_sentence(arguments, message, workplace, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.evaluate.run(lambda: train_here(monkeypatch, *arguments))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(workplace, monkeypatch):
+    train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", *SMALL)
+    with pytest.raises(stego.InputError, match="--resume"):
+        train_here(monkeypatch, "--data-root", "images", "--name", "t", *SMALL)
+    with pytest.raises(stego.InputError, match="code_dim 6 instead of 5"):
+        train_here(monkeypatch, "--resume", "--name", "t", "--code-dim", "6")

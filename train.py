@@ -1,0 +1,293 @@
+"""Train STEGO: frozen features once, a small head on their correspondences, clusters, scores and pictures.
+
+    python train.py                                                     # the embedded scenes, offline, a minute
+    python train.py --dataset directory --data-root photos --num-classes 20           # a folder of your own images
+    python train.py --preset cocostuff27-vits8 --dataset directory --data-root coco   # the paper's settings
+    python train.py --name mine --resume                                # go on with runs/mine after it was stopped
+
+Everything goes into runs/<name>/: config.json, log.jsonl, losses.png, checkpoint.pt, scores.json, panel.png and
+confusion.png. Features go into --cache-dir, where every later run with the same images and backbone finds them.
+"""
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as nnf
+from tqdm import tqdm
+
+import data
+import evaluate
+from stego import (BACKBONES, PRESETS, InputError, Stego, load_backbone, read_tensors, save_checkpoint,
+                   stego_loss)
+
+# What holds where neither --preset nor an option says otherwise. The scenes have a preset of their own in stego.py.
+DEFAULTS = dict(
+    # data
+    dataset="directory", data_root=None, num_classes=None, crop="none",
+    resolution=224, eval_resolution=320,  # pixels of the square view; rounded to whole patches
+    # model
+    backbone="dino_vits8", facet="token", code_dim=70, dropout=0.1,
+    num_clusters=None,  # one for each class
+    # objective: weights and shifts of the paper's Cityscapes model, which hold up best on other collections
+    lambda_self=1.0, lambda_knn=0.577453483136995, lambda_rand=0.9058762625226623,
+    b_self=0.45828472207, b_knn=0.1754346515479633, b_rand=0.31361241889448443,
+    center=False, zero_clamp=True, stabilize=False, neighbors=7,
+    # run
+    batch_size=16, steps=2000, lr=5e-4, probe_lr=5e-3, seed=0, crf=True)
+
+
+def parse_args():
+    """(given, options): the settings typed on the command line, and the options that no result depends on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    switch = argparse.BooleanOptionalAction
+    group = parser.add_argument_group("data")
+    group.add_argument("--preset", choices=PRESETS, help="all settings of a published result; other options win over it")
+    group.add_argument("--dataset", choices=data.DATASETS, help="directory: imgs/{train,val}, or just a folder of images; "
+                       "scenes (default): the embedded procedural landscapes")
+    group.add_argument("--data-root", metavar="FOLDER", help="where the images are")
+    group.add_argument("--num-classes", type=int, help="classes of the labels, or how many things you expect to tell "
+                       "apart (default: the lines of classes.txt)")
+    group.add_argument("--resolution", type=int, help="side of the training views in pixels (default 224)")
+    group.add_argument("--eval-resolution", type=int, help="side of the evaluated views (default 320)")
+    group.add_argument("--crop", choices=("none", "five"), help="five: each image gives its corners and centre at half "
+                       "size, for collections of large or busy pictures (default none)")
+    group.add_argument("--cache-dir", default="cache", help="where features are kept; they can be large (default cache)")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--backbone", help=f"a file of ViT weights, or one of {', '.join(BACKBONES)}")
+    group.add_argument("--facet", choices=("token", "key"), help="which features: the last tokens (default) or keys")
+    group.add_argument("--code-dim", type=int, help="numbers in a code, the paper's K (default 70)")
+    group.add_argument("--dropout", type=float, help="channel dropout of the features (default 0.1)")
+    group.add_argument("--num-clusters", type=int, help="clusters to find (default: as many as classes)")
+
+    group = parser.add_argument_group("objective")
+    for term, meaning in (("self", "the image itself"), ("knn", "a nearest neighbour"), ("rand", "random images")):
+        group.add_argument(f"--lambda-{term}", type=float, help=f"weight of the pairs with {meaning}")
+        group.add_argument(f"--b-{term}", type=float, help="their shift: features that correspond more than this attract, "
+                           "the others repel; raise it if the codes collapse into one cluster, lower it if they scatter")
+    group.add_argument("--center", action=switch, help="centre the feature correspondences spatially")
+    group.add_argument("--zero-clamp", action=switch, help="clamp the code correspondences at zero")
+    group.add_argument("--stabilize", action=switch, help="and at 0.8 from above")
+    group.add_argument("--neighbors", type=int, help="how many nearest neighbours to draw the knn image from (default 7)")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--name", help="results go into runs/<name> (default: the data set's name, numbered)")
+    group.add_argument("--resume", action="store_true", default=False, help="go on with the run of that name")
+    group.add_argument("--steps", type=int, help="training steps (default 2000)")
+    group.add_argument("--batch-size", type=int, help="images in a step, each with a neighbour (default 16)")
+    group.add_argument("--lr", type=float, help="Adam's rate for the head (default 5e-4)")
+    group.add_argument("--probe-lr", type=float, help="Adam's rate for the probes (default 5e-3)")
+    group.add_argument("--seed", type=int, help="of weights, batches, points and k-means (default 0)")
+    group.add_argument("--crf", action=switch, help="evaluate with the CRF too (default); it takes most of that time")
+    group.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+    group.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode images and run CRFs")
+    group.add_argument("--checkpoint-every", type=int, default=500, help="steps between checkpoints (default 500)")
+    group.add_argument("--log-every", type=int, default=20, help="steps between lines of log.jsonl (default 20)")
+    given = vars(parser.parse_args())
+    for key in ("data_root", "backbone"):  # a run can be resumed and evaluated from another folder
+        if os.path.exists(given.get(key, "")) and given[key] not in BACKBONES:
+            given[key] = os.path.abspath(given[key])
+    names = ("name", "resume", "cache_dir", "device", "workers", "checkpoint_every", "log_every")
+    options = argparse.Namespace(**{name: given.pop(name, None) for name in names})
+    return given, options
+
+
+def resolve(given, stored=None):
+    """The complete settings: DEFAULTS, then the preset, then what was given; or those stored by the run that goes on."""
+    if stored is not None:
+        different = [f"{key} {value} instead of {stored.get(key)}" for key, value in given.items() if stored.get(key) != value]
+        if different:
+            raise InputError(f"--resume: the run was started with other settings: {', '.join(different)}")
+        return stored
+    given = dict(given)
+    if "data_root" in given:
+        given.setdefault("dataset", "directory")
+    if given.get("dataset", "scenes") == "scenes":
+        given.setdefault("preset", "scenes")
+    return {**DEFAULTS, **PRESETS.get(given.get("preset"), {}), **given}
+
+
+def run_folder(name, dataset, resume):
+    """runs/<name>, or runs/<dataset> with the first number that is free; to resume, the last that is not."""
+    taken = lambda folder: (folder / "config.json").is_file()
+    if name:
+        folder = Path("runs") / name
+        if taken(folder) and not resume:
+            raise InputError(f"{folder} holds a run already: add --resume to go on with it, or give another --name")
+    else:
+        number = 1
+        while taken(Path("runs") / f"{dataset}-{number}"):
+            number += 1
+        folder = Path("runs") / f"{dataset}-{number - resume}"
+    if resume and not taken(folder):
+        raise InputError(f"--resume: there is no run in {folder}")
+    return folder
+
+
+def check(config):
+    """Raises InputError for settings that cannot be trained with."""
+    for key in ("code_dim", "batch_size", "steps", "resolution", "eval_resolution", "neighbors"):
+        if config[key] < 1:
+            raise InputError(f"--{key.replace('_', '-')} must be at least 1, it is {config[key]}")
+    if config["batch_size"] < 2:
+        raise InputError("--batch-size must be at least 2: the negatives are the other images of the batch")
+    if not 0 <= config["dropout"] < 1:
+        raise InputError(f"--dropout must be in [0, 1), it is {config['dropout']}")
+
+
+def batch_of(step, n, batch_size, seed):
+    """Indices of the batch of one step: epoch after epoch, each a fresh permutation that drops what fills no batch.
+
+    A function of seed and step alone, so that a resumed run needs no stored sampler.
+    """
+    epoch, position = divmod(step, n // batch_size)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return order[position * batch_size:(position + 1) * batch_size]
+
+
+def linear_probe_loss(logits, labels):
+    """Cross-entropy at the labels' resolution, void left out. logits: (N, n, h, w); labels: (N, H, W) uint8."""
+    logits = nnf.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
+    total = nnf.cross_entropy(logits, labels.long(), ignore_index=data.VOID, reduction="sum")
+    return total / (labels != data.VOID).sum().clamp(min=1)  # a batch without labels costs 0, not NaN
+
+
+def main():
+    given, options = parse_args()
+    seconds, started = {}, time.perf_counter()
+
+    def stage_done(name):
+        """Notes what the stage took."""
+        nonlocal started
+        seconds[name], started = round(time.perf_counter() - started, 1), time.perf_counter()
+
+    # ---- settings ----
+    folder = run_folder(options.name, given.get("dataset") or ("directory" if "data_root" in given else "scenes"),
+                        options.resume)
+    stored = json.loads((folder / "config.json").read_text()) if options.resume else None
+    config = resolve(given, stored)
+    check(config)
+    device = evaluate.choose_device(options.device)
+
+    # ---- data and backbone ----
+    train, val = (data.load_collection(config["dataset"], config["data_root"], split, config["num_classes"])
+                  for split in ("train", "val"))
+    backbone = load_backbone(config["backbone"], device)
+    size, eval_size = (data.round_to_patch(config[key], backbone.patch_size) for key in ("resolution", "eval_resolution"))
+    config["num_classes"] = train.n_classes
+    config["num_clusters"] = config["num_clusters"] or train.n_classes
+    folder.mkdir(parents=True, exist_ok=True)
+    data.write_text(folder / "config.json", json.dumps(config, indent=1))
+    print(f"{folder} on {device}:", ", ".join(f"{key} {value}" for key, value in config.items()))
+    print(f"{len(train)} training images, {'labelled' if train.has_labels else 'no labels: clusters and pictures only'}; "
+          f"{len(val)} images to evaluate" + " (the training images: there is no val)" * (val.split == "train"))
+
+    # ---- every feature once ----
+    features = data.extract_features(backbone, train, size, config["crop"], config["facet"],
+                                     options.cache_dir, workers=options.workers, device=device)
+    n, batch_size = len(features.maps), config["batch_size"]
+    if batch_size > n:
+        raise InputError(f"--batch-size {batch_size} is more than the {n} training views")
+    stage_done("features")
+    k = min(config["neighbors"], n - 1)
+    neighbors = data.cached_neighbors(features, k, device)
+    stage_done("neighbors")
+
+    # ---- model ----
+    torch.manual_seed(config["seed"])
+    model = Stego(backbone, config["code_dim"], config["num_clusters"], train.n_classes if train.has_labels else None,
+                  config["dropout"], config["facet"]).to(device)
+    optimizers = {"head": torch.optim.Adam(model.head.parameters(), lr=config["lr"]),
+                  "cluster_probe": torch.optim.Adam(model.cluster_probe.parameters(), lr=config["probe_lr"])}
+    if model.linear_probe:
+        optimizers["linear_probe"] = torch.optim.Adam(model.linear_probe.parameters(), lr=config["probe_lr"])
+    lambdas = config["lambda_self"], config["lambda_knn"], config["lambda_rand"]
+    shifts = config["b_self"], config["b_knn"], config["b_rand"]
+    switches = {key: config[key] for key in ("center", "zero_clamp", "stabilize")}
+
+    # ---- resume ----
+    checkpoint, log, first_step = folder / "checkpoint.pt", folder / "log.jsonl", 0
+    if options.resume and checkpoint.is_file():
+        saved = read_tensors(checkpoint, device)
+        first_step = saved["training"]["step"]
+        model.load_state_dict({key: value for key, value in saved["model"].items() if not key.startswith("refit_probe")})
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(saved["training"]["optimizers"][name])
+        print(f"resumed at step {first_step}")
+    lines = log.read_text().splitlines() if log.is_file() else []  # what was logged after the checkpoint is done again
+    data.write_text(log, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= first_step))
+
+    def save(step):
+        save_checkpoint(checkpoint, model, config, step=step,
+                        optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()})
+
+    # ---- the loop: reads features, never images ----
+    model.head.train()
+    recent = []  # losses since the last line of the log
+    bar = tqdm(range(first_step, config["steps"]), initial=first_step, total=config["steps"], desc="train", unit="step")
+    for step in bar:
+        torch.manual_seed(config["seed"] * 1_000_003 + step)  # every random number is a function of seed and step
+        batch = batch_of(step, n, batch_size, config["seed"])
+        batch_knn = neighbors[batch, torch.randint(k, (batch_size,))]
+        x, x_knn = (features.maps[indices].to(device).float() for indices in (batch, batch_knn))
+
+        codes, codes_knn = model.head(x), model.head(x_knn)
+        # as the authors' code, modules.py:115-116: the loss compares features that went through the dropout too
+        loss, terms = stego_loss(model.head.dropout(x), model.head.dropout(x_knn), codes, codes_knn,
+                                 lambdas, shifts, **switches)
+        codes = codes.detach()  # the probes teach the head nothing
+        terms["cluster"] = model.cluster_probe.loss(codes)
+        if model.linear_probe:
+            terms["linear"] = linear_probe_loss(model.linear_probe(codes), features.labels[batch].to(device))
+        loss = loss + terms["cluster"] + terms.get("linear", 0)
+
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+
+        recent.append({name: value.detach() for name, value in terms.items()})
+        if (step + 1) % options.log_every == 0:
+            means = {name: round(torch.stack([losses[name] for losses in recent]).mean().item(), 5) for name in terms}
+            bar.set_postfix(means)
+            with open(log, "a") as file:
+                file.write(json.dumps({"step": step + 1, **means}) + "\n")
+            recent = []
+        if (step + 1) % options.checkpoint_every == 0 and step + 1 < config["steps"]:
+            save(step + 1)
+    model.eval()
+    stage_done("training")
+
+    # ---- clusters from the finished codes, and from the raw features for comparison ----
+    codes = evaluate.sample_positions(features.maps, lambda maps: model.head(maps.to(device)), seed=config["seed"])
+    model.refit_probe = evaluate.fitted_probe(codes, config["num_clusters"], config["seed"])
+    raw = evaluate.sample_positions(features.maps, lambda maps: maps.to(device), seed=config["seed"])
+    raw_probe = evaluate.fitted_probe(raw, config["num_clusters"], config["seed"])
+    save(config["steps"])
+    stage_done("clusters")
+
+    # ---- evaluation ----
+    own, prediction = evaluate.model_probes(model)
+    probes = {evaluate.RAW: (raw_probe, "features"), **own}
+    confusions, samples = evaluate.evaluate(model, val, eval_size, probes, config["crf"], workers=options.workers)
+    stage_done("evaluation")
+    summary = evaluate.report(folder, confusions, samples, val, probes, prediction, seconds)
+    # Predictions on photos are painted and named like the classes that the clusters were matched to, if they were.
+    config["classes"], config["palette"] = val.names, val.palette.tolist()
+    config["assignments"] = {name: result["assignment"] for name, result in summary["results"].items()}
+    save(config["steps"])
+    curves = [json.loads(line) for line in log.read_text().splitlines()]
+    if curves:
+        evaluate.draw_curves(folder / "losses.png", {name: ([row["step"] for row in curves], [row[name] for row in curves])
+                                                     for name in curves[0] if name != "step"})
+    print("seconds:", ", ".join(f"{name} {value}" for name, value in seconds.items()))
+    print(f"scores, pictures and checkpoint.pt are in {folder}")
+
+
+if __name__ == "__main__":
+    evaluate.run(main)
