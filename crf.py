@@ -31,7 +31,7 @@ import numpy as np
 
 TILE = 4  # pixels of one image tile are neighbours in memory
 GROUP = TILE * TILE  # pixels that share one dense weight matrix: more amortises calls, fewer wastes less on zeros
-ROWS = 4096  # rows gathered at a time: ROWS x C floats stay in the processor's cache
+ROWS = 8192  # rows gathered at a time: ROWS x C floats stay in the processor's cache
 
 
 def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
@@ -70,7 +70,10 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
         features = np.hstack([position / np.float32(bilateral_xy_std), colour / np.float32(bilateral_rgb_std)])
         kernels.append(_Kernel(features, bilateral_weight, sort=True))
 
-    log_probs = np.log(np.clip(probs, 1e-5, 1)).reshape(n_classes, -1).T.astype(np.float32)[order]
+    unary = np.log(np.clip(probs, 1e-5, 1)).astype(np.float32, copy=False).reshape(n_classes, -1)
+    log_probs = np.empty((height * width, n_classes), np.float32)
+    for lo in range(0, len(order), ROWS):
+        log_probs[lo:lo + ROWS] = np.take(unary, order[lo:lo + ROWS], axis=1).T
     q, part, ones = np.empty_like(log_probs), np.empty((ROWS, n_classes), np.float32), np.ones((n_classes, 1), np.float32)
     *scratch, messages = _scratch(kernels, n_classes)
     for iteration in range(iterations + 1):  # the first, without messages, is Q = softmax(-U)
@@ -88,11 +91,13 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
                 x -= x.max(axis=1, keepdims=True)
             np.exp(x, out=x)
             x /= x @ ones
-    result = np.empty_like(q)
-    result[order] = q
-    return np.ascontiguousarray(result.T).reshape(probs.shape)
+    result, inverse = unary, np.argsort(order)
+    for lo in range(0, len(order), ROWS):
+        result[:, lo:lo + ROWS] = np.take(q, inverse[lo:lo + ROWS], axis=0).T
+    return result.reshape(probs.shape)
 
 
+@functools.lru_cache(maxsize=2)
 def _tiles(height, width):
     """Pixels tile by tile -> raster index (P,), position (x, y) (P, 2) float32."""
     y, x = (a.ravel() for a in np.mgrid[:height, :width])
@@ -142,7 +147,7 @@ def _simplices(features):
     weights = np.empty((n_points, d + 1), np.float32)
     weights[:, 1:] = (falling[d - 1::-1] - falling[:0:-1]).T
     weights[:, 0] = falling[d] + (1 - falling[0])
-    return origin[:d], rank[:d], weights
+    return origin[:d], rank, weights
 
 
 def _runs(sizes):
@@ -169,38 +174,42 @@ class _Sparse:
     def __init__(self, row, column, value, keep_order=False):
         """Entries row, column, value, listed so that equal columns of a group follow each other."""
         group = row // GROUP
+        lane = row - group * GROUP
         order = _argsort(group)
-        row, column, group = row[order], column[order], group[order]
+        group, lane, column, value = group[order], lane[order], column[order], value[order]
         is_new = np.append(True, (np.diff(group) != 0) | (np.diff(column) != 0))
-        width = np.bincount(group[is_new])
-        local = np.cumsum(is_new) - 1 - (np.cumsum(width) - width)[group]  # column within the block
+        width = np.bincount(group[is_new])  # K of each group
+        within = np.cumsum(is_new) - 1 - (np.cumsum(width) - width)[group]  # column of an entry within its block
         if keep_order:
             width[:] = width.max()
-        by_width = np.argsort(-width, kind="stable")
+        by_width = _argsort(width.max() - width)
 
-        begin, runs, n_cells = np.empty_like(width), [], 0
+        begin, bounds, n_cells = np.empty_like(width), [], 0
         for start, stop, size in _runs(width[by_width]):
-            width[by_width[start:stop]] = size
             begin[by_width[start:stop]] = n_cells + size * np.arange(stop - start)
-            runs.append((start * GROUP, stop * GROUP, n_cells, n_cells + size * (stop - start)))
-            n_cells = runs[-1][-1]
+            bounds.append((start * GROUP, stop * GROUP, n_cells, n_cells + size * (stop - start)))
+            n_cells = bounds[-1][-1]
         columns, blocks = np.zeros(n_cells, np.int64), np.zeros(n_cells * GROUP, np.float32)
-        columns[(begin[group] + local)[is_new]] = column[is_new]
-        blocks[(begin * GROUP)[group] + row % GROUP * width[group] + local] = value[order]
-        self.runs = [(lo, hi, columns[at:end], blocks[at * GROUP:end * GROUP].reshape((hi - lo) // GROUP, GROUP, -1))
-                     for lo, hi, at, end in runs]
+        cell = begin[group] + within
+        columns[cell] = column
+        blocks[cell * GROUP + lane] = value
+        self.runs = [(lo, hi, columns[at:end], blocks[at * GROUP:end * GROUP].reshape((hi - lo) // GROUP, -1, GROUP))
+                     for lo, hi, at, end in bounds]
         self.n_rows = len(width) * GROUP
         self.place = np.empty(self.n_rows, np.int64)  # where each row of the matrix is in the output
         self.place.reshape(-1, GROUP)[by_width] = np.arange(self.n_rows).reshape(-1, GROUP)
 
     def scale(self, rows=None, columns=None):
-        for lo, hi, index, blocks in self.runs:
-            blocks *= rows[lo:hi].reshape(-1, GROUP, 1) if columns is None else columns[index].reshape(len(blocks), 1, -1)
+        """Multiply by a diagonal matrix from the left (`rows`, in the order of the output) or from the right."""
+        for lo, hi, index, blocks in self.runs:  # blocks are stored transposed, (groups, K, GROUP)
+            blocks *= rows[lo:hi].reshape(-1, 1, GROUP) if columns is None else columns[index].reshape(len(blocks), -1, 1)
 
     def multiply(self, x, out, buffer):
+        """x (columns, C) -> out (rows, C), both row-major float32."""
+        n_classes = x.shape[1]
         for lo, hi, index, blocks in self.runs:
-            gathered = np.take(x, index, axis=0, out=buffer[:len(index)], mode="clip")
-            np.matmul(blocks, gathered.reshape(len(blocks), -1, x.shape[1]), out=out[lo:hi].reshape(-1, GROUP, x.shape[1]))
+            used = np.take(x, index, axis=0, out=buffer[:len(index)], mode="clip").reshape(len(blocks), -1, n_classes)
+            np.matmul(blocks.swapaxes(1, 2), used, out=out[lo:hi].reshape(-1, GROUP, n_classes))
 
 
 class _Kernel:
@@ -217,13 +226,19 @@ class _Kernel:
         if not np.prod(extent) < 2.0 ** 62:
             raise ValueError("standard deviations are too small for this image: its lattice has too many cells to index")
         radix = np.cumprod(np.append(1, extent[:0:-1]))[::-1].astype(np.int64)
-        base = radix @ origin.astype(np.int64)
-        simplex = base - radix @ rank  # equal for two points if and only if they lie in the same simplex
+        origin = origin.astype(np.int64)
+        base = radix @ origin
+        # One number for each simplex, rising with origin, then rank: points that are near in this order share vertices.
+        digits = np.append(1, np.cumprod(extent[:0:-1] / (d + 1)))[::-1].astype(np.int64)
+        simplex = digits @ (origin // (d + 1)) * (d + 1) ** d + (d + 1) ** np.arange(d) @ rank[:d]
         order = np.argsort(simplex) if sort else np.arange(n_points)
         is_new = np.append(True, np.diff(simplex[order]) != 0)
         heads = order[is_new]
-        corners = [base[heads] + radix @ (k - (d + 1) * (rank[:, heads] > d - k)) for k in range(d + 1)]
-        keys, corners = np.unique(np.stack(corners, axis=1), return_inverse=True)
+        # From one vertex to the next all coordinates grow by 1, and the largest that has not yet been taken drops by d + 1.
+        drop = np.empty((d + 1, len(heads)), np.int64)
+        np.put_along_axis(drop, rank[:, heads], (d + 1) * np.append(radix, 0)[:, None], axis=0)
+        corners = np.cumsum(np.vstack([base[heads], radix.sum() - drop[:0:-1]]), axis=0)
+        keys, corners = np.unique(corners.T, return_inverse=True)
 
         # Number the vertices in the order in which the points meet them, so that near numbers share points.
         corners = corners.reshape(-1, d + 1)
@@ -271,7 +286,7 @@ class _Kernel:
             while (reached >= 0).any():
                 length += reached >= 0
                 reached = following[reached]
-            by_length = np.argsort(-length, kind="stable")
+            by_length = _argsort(length.max() - length)
             first, length = first[by_length], length[by_length]
 
             runs, new_row, at = [], np.zeros_like(row), 1

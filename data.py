@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -263,8 +264,10 @@ def cache_key(backbone, facet, collection, size, crop):
 
 
 def open_map(path):
-    """A .npy file as a tensor over its memory map. Copy-on-write: nothing can change the file."""
-    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    """A .npy file as a tensor over its read-only memory map: only what is indexed is read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes
+        return torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 @torch.no_grad()

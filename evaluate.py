@@ -135,16 +135,16 @@ def kmeans(codes, n_clusters, restarts=5, seed=0, iterations=100):
         centroids = codes[torch.randint(len(codes), (1,), generator=generator).to(codes.device)]
         distance = 1 - codes @ centroids[0]  # half the squared distance to the nearest centroid so far
         for _ in range(n_clusters - 1):
-            chance = distance.clamp(min=1e-12).double().cumsum(0)
-            draw = torch.rand(1, generator=generator, dtype=torch.float64).to(codes.device) * chance[-1]
+            chance = distance.clamp(min=1e-12).cumsum(0)
+            draw = torch.rand(1, generator=generator).to(codes.device) * chance[-1]
             chosen = codes[torch.searchsorted(chance, draw).clamp(max=len(codes) - 1)]
             centroids = torch.cat([centroids, chosen])
             distance = torch.minimum(distance, 1 - codes @ chosen[0])
         objective = -torch.inf
         for _ in range(iterations):
             similarity, nearest = (codes @ centroids.T).max(1)
-            previous, objective = objective, similarity.double().mean().item()
-            if objective - previous < 1e-7:
+            previous, objective = objective, similarity.mean().item()
+            if objective - previous < 1e-6:
                 break
             sums = torch.zeros_like(centroids).index_add_(0, nearest, codes)
             empty = torch.bincount(nearest, minlength=n_clusters) == 0
@@ -612,7 +612,7 @@ def main():
     parser.add_argument("--clusters", choices=("refit", "online"), default="refit",
                         help="k-means on the finished codes (default), or the probe trained beside the head")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode images and run CRFs")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images and run CRFs")
     args = parser.parse_args()
 
     model, config = load_checkpoint(args.checkpoint, choose_device(args.device))

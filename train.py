@@ -11,6 +11,7 @@ confusion.png. Features go into --cache-dir, where every later run with the same
 import argparse
 import json
 import os
+import textwrap
 import time
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def parse_args():
     group.add_argument("--seed", type=int, help="of weights, batches, points and k-means (default 0)")
     group.add_argument("--crf", action=switch, help="evaluate with the CRF too (default); it takes most of that time")
     group.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
-    group.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode images and run CRFs")
+    group.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images and run CRFs")
     group.add_argument("--checkpoint-every", type=int, default=500, help="steps between checkpoints (default 500)")
     group.add_argument("--log-every", type=int, default=20, help="steps between lines of log.jsonl (default 20)")
     given = vars(parser.parse_args())
@@ -182,7 +183,7 @@ def main():
     config["num_clusters"] = config["num_clusters"] or train.n_classes
     folder.mkdir(parents=True, exist_ok=True)
     data.write_text(folder / "config.json", json.dumps(config, indent=1))
-    print(f"{folder} on {device}:", ", ".join(f"{key} {value}" for key, value in config.items()))
+    print(textwrap.fill(f"{folder} on {device}: " + ", ".join(f"{key} {value}" for key, value in config.items()), 110))
     print(f"{len(train)} training images, {'labelled' if train.has_labels else 'no labels: clusters and pictures only'}; "
           f"{len(val)} images to evaluate" + " (the training images: there is no val)" * (val.split == "train"))
 

@@ -232,14 +232,6 @@ def test_another_file_weight_size_crop_or_facet_is_another_cache(folder, backbon
     assert len(seen) == 7
 
 
-def test_reading_the_cache_cannot_change_it(folder, backbone, tmp_path):
-    extract = lambda: data.extract_features(backbone, data.Directory(folder, "train", 4), 16, cache_dir=tmp_path / "c", workers=0)
-    maps = extract().maps
-    before = maps.clone()
-    maps.zero_()
-    assert torch.equal(extract().maps, before)
-
-
 # ---- neighbours ----
 
 def test_nearest_neighbors_equal_brute_force_and_leave_the_item_out(monkeypatch):
