@@ -4,6 +4,7 @@ The backbone is frozen and a view of an image never changes, so every feature is
 fills a float16 memory map and training only reads it. One image has one view (centre crop) or five (five-crop).
 """
 import colorsys
+import functools
 import hashlib
 import json
 import os
@@ -91,7 +92,8 @@ class Directory:
         self.names = [name.strip() for name in self.names if name.strip()]
         self.n_classes = n_classes or len(self.names)
         if not 1 <= self.n_classes <= VOID:
-            raise InputError(f"{root}: give --num-classes 1 to {VOID}, or a classes.txt with a class name a line")
+            raise InputError(f"{root}: say with --num-classes how many kinds of things to tell apart (1 to {VOID}), or name "
+                             "them in a classes.txt, one a line")
         self.names = (self.names + [f"class {i}" for i in range(len(self.names), self.n_classes)])[:self.n_classes]
         self.palette = class_palette(self.n_classes)
 
@@ -121,6 +123,7 @@ class Scenes:
 
     FIRST_SEED = {"train": 0, "dev": 1_000_000, "val": 2_000_000}
     has_labels, root = True, "scenes"
+    draw = staticmethod(functools.lru_cache(maxsize=1)(scenes.draw_scene))  # an image and its label are one drawing
 
     def __init__(self, split, n_images=None):
         self.split, self.n_images = split, n_images or (1000 if split == "train" else 200)
@@ -131,10 +134,10 @@ class Scenes:
         return self.n_images
 
     def image(self, i):
-        return scenes.draw_scene(self.FIRST_SEED[self.split] + i)[0]
+        return self.draw(self.FIRST_SEED[self.split] + i)[0]
 
     def label(self, i):
-        return np.array(scenes.draw_scene(self.FIRST_SEED[self.split] + i)[1])
+        return np.array(self.draw(self.FIRST_SEED[self.split] + i)[1])
 
     def name(self, i):
         return f"scene {self.FIRST_SEED[self.split] + i}"

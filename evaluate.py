@@ -590,9 +590,12 @@ def choose_device(name):
 
 
 def run(main):
-    """main(), with a user's mistake as one sentence and exit status 2."""
+    """main(), with a user's mistake as one sentence and exit status 2, and Ctrl-C as another and 130."""
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
+        sys.exit(130)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -97,18 +97,13 @@ def parse_args():
     return given, options
 
 
-def resolve(given, stored=None):
-    """The complete settings: DEFAULTS, then the preset, then what was given; or those stored by the run that goes on."""
-    if stored is not None:
-        different = [f"{key} {value} instead of {stored.get(key)}" for key, value in given.items() if stored.get(key) != value]
-        if different:
-            raise InputError(f"--resume: the run was started with other settings: {', '.join(different)}")
-        return stored
+def resolve(given):
+    """The complete settings: DEFAULTS, then those of the preset, then what was given."""
     given = dict(given)
     if "data_root" in given:
         given.setdefault("dataset", "directory")
-    if given.get("dataset", "scenes") == "scenes":
-        given.setdefault("preset", "scenes")
+    if "preset" not in given and given.get("dataset", "scenes") == "scenes":
+        given["preset"] = "scenes"
     return {**DEFAULTS, **PRESETS.get(given.get("preset"), {}), **given}
 
 
@@ -134,6 +129,9 @@ def check(config):
     for key in ("code_dim", "batch_size", "steps", "resolution", "eval_resolution", "neighbors"):
         if config[key] < 1:
             raise InputError(f"--{key.replace('_', '-')} must be at least 1, it is {config[key]}")
+    for key in ("num_classes", "num_clusters"):
+        if config[key] is not None and not 1 <= config[key] <= data.VOID:
+            raise InputError(f"--{key.replace('_', '-')} must be 1 to {data.VOID}, it is {config[key]}")
     if config["batch_size"] < 2:
         raise InputError("--batch-size must be at least 2: the negatives are the other images of the batch")
     if not 0 <= config["dropout"] < 1:
@@ -167,10 +165,13 @@ def main():
         seconds[name], started = round(time.perf_counter() - started, 1), time.perf_counter()
 
     # ---- settings ----
-    folder = run_folder(options.name, given.get("dataset") or ("directory" if "data_root" in given else "scenes"),
-                        options.resume)
-    stored = json.loads((folder / "config.json").read_text()) if options.resume else None
-    config = resolve(given, stored)
+    config = resolve(given)
+    folder = run_folder(options.name, config["dataset"], options.resume)
+    if options.resume:
+        config = json.loads((folder / "config.json").read_text())
+        different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items() if config.get(key) != value]
+        if different:
+            raise InputError(f"--resume: {folder} was started with other settings: {', '.join(different)}")
     check(config)
     device = evaluate.choose_device(options.device)
 
@@ -219,7 +220,8 @@ def main():
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(saved["training"]["optimizers"][name])
         print(f"resumed at step {first_step}")
-    lines = log.read_text().splitlines() if log.is_file() else []  # what was logged after the checkpoint is done again
+    # What was logged after the checkpoint is done again; a kill may have cut the last line.
+    lines = log.read_text().rpartition("\n")[0].splitlines() if log.is_file() else []
     data.write_text(log, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= first_step))
 
     def save(step):
