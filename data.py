@@ -61,22 +61,23 @@ def read_label(path, n_classes):
 
 
 class Directory:
-    """imgs/{train,val}/*, optional labels/{train,val}/*.png paired by stem and classes.txt; or just a folder of images.
+    """imgs/{train,val}/*, optional labels/{train,val}/*.png paired by stem and classes.txt; or a folder of images, or one.
 
     n_classes defaults to the lines of classes.txt. Where there is no imgs/val, "val" is the training images again.
     """
 
     def __init__(self, root, split, n_classes=None):
         root = Path(root)
-        if not root.is_dir():
+        if not root.exists():
             raise InputError(f"{root}: there is no such folder")
-        folder = root / "imgs"
-        if folder.is_dir():
-            split = split if (folder / split).is_dir() else "train"
-            folder, labels = folder / split, root / "labels" / split
-        else:
-            folder, labels = root, None
-        self.images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        folder, labels = root, None
+        if root.is_file():
+            folder = root.parent
+        elif (root / "imgs").is_dir():
+            split = split if (root / "imgs" / split).is_dir() else "train"
+            folder, labels = root / "imgs" / split, root / "labels" / split
+        files = [root] if root.is_file() else sorted(folder.rglob("*"))
+        self.images = [path for path in files if path.suffix.lower() in SUFFIXES and path.is_file()]
         if not self.images:
             raise InputError(f"{folder}: no images ({' '.join(sorted(SUFFIXES))})")
         stems = [path.relative_to(folder).with_suffix("") for path in self.images]

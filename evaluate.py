@@ -359,13 +359,13 @@ def predict(model, probe, image, size, crf=True):
 
 
 def predict_folder(model, probe, folder, out, size, palette, names, crf=True):
-    """Segments every image below `folder` into `out` and returns their number.
+    """Segments every image below `folder` (or the one image that it is) into `out` and returns their number.
 
     For each: a palette PNG of cluster ids, of the same stem and size, and beside it <stem>_overlay.jpg. For all:
     clusters.json, the name and colour of each id, and panel.png, a few of them with the legend.
     """
     folder, out = Path(folder), Path(out)
-    if out.resolve().is_relative_to(folder.resolve()):
+    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"--out {out} lies inside {folder}: the next run would segment its pictures")
     photos, thumbnails = data.Directory(folder, "predict", n_classes=1), []
     for i in tqdm(range(len(photos)), desc="predict", unit="image"):
@@ -603,8 +603,8 @@ def run(main):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt of a training run")
-    parser.add_argument("--predict", metavar="FOLDER", help="segment the images below this folder, of any size")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt of a training run, or the run's folder")
+    parser.add_argument("--predict", metavar="PHOTOS", help="segment this image, or all below this folder, of any size")
     parser.add_argument("--out", metavar="FOLDER", help="where results go (default: eval-<split> beside the checkpoint)")
     parser.add_argument("--dataset", choices=data.DATASETS, help="default: the one it was trained on")
     parser.add_argument("--data-root", metavar="FOLDER", help="default: the one it was trained on")
@@ -618,7 +618,9 @@ def main():
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images and run CRFs")
     args = parser.parse_args()
 
-    model, config = load_checkpoint(args.checkpoint, choose_device(args.device))
+    path = Path(args.checkpoint)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    model, config = load_checkpoint(path, choose_device(args.device))
     size = data.round_to_patch(args.eval_resolution or config["eval_resolution"], model.backbone.patch_size)
     probes, prediction = model_probes(model)
     if args.clusters == "online":
@@ -636,7 +638,7 @@ def main():
     collection = data.load_collection(args.dataset or config["dataset"], args.data_root or config["data_root"],
                                       args.split, config["num_classes"])
     confusions, samples = evaluate(model, collection, size, probes, args.crf, workers=args.workers)
-    out = args.out or Path(args.checkpoint).parent / f"eval-{args.split}"
+    out = args.out or path.parent / f"eval-{args.split}"
     report(out, confusions, samples, collection, probes, prediction)
     print(f"scores and pictures are in {out}")
 

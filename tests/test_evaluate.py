@@ -201,6 +201,9 @@ def test_predicted_folder_keeps_names_sizes_and_colours(model, tmp_path):
         assert overlay.size == (33, 71)
     assert (out / "panel.png").is_file()
     assert json.loads((out / "clusters.json").read_text())["3"] == {"name": "cluster 3", "color": palette[3].tolist()}
+    photo = tmp_path / "photos/a.jpg"
+    assert evaluate.predict_folder(model, model.refit_probe, photo, tmp_path / "one", 32, palette, names) == 1
+    assert (tmp_path / "one/a.png").is_file()
     with pytest.raises(stego.InputError, match="inside"):
         evaluate.predict_folder(model, model.refit_probe, tmp_path / "photos", tmp_path / "photos/out", 32, palette, names)
 

@@ -73,7 +73,7 @@ def test_train_evaluate_and_predict(workplace):
     assert all(rescored[name] == scores["results"][name] for name in rescored) and "linear probe" in rescored
 
     (workplace / "vit.pth").unlink()  # a checkpoint needs nothing else
-    predicted = run("evaluate.py", "--checkpoint", "runs/t/checkpoint.pt", "--predict", "images/imgs/val", "--out", "out",
+    predicted = run("evaluate.py", "--checkpoint", "runs/t", "--predict", "images/imgs/val", "--out", "out",
                     "--device", "cpu")
     assert predicted.returncode == 0, predicted.stderr
     assert sorted(path.name for path in (workplace / "out").iterdir()) == [
