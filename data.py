@@ -23,7 +23,7 @@ from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 from assets import scenes
-from stego import InputError
+from stego import InputError, frozen_features
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every DINO model expects
 RESIZE = InterpolationMode.NEAREST  # as the authors' code, utils.py:176-180, images too: their checkpoints saw this
@@ -259,9 +259,9 @@ class Features(NamedTuple):
     folder: Path
 
 
-def cache_key(backbone, facet, collection, size, crop):
-    """Names a feature cache: a change of the weights, the files (name, size, time), the view or the facet changes it."""
-    digest = hashlib.sha256(json.dumps([1, collection.fingerprint(), size, crop, facet]).encode())
+def cache_key(backbone, collection, size, crop, facet, bfloat16):
+    """Names a feature cache: a change of the weights, the files (name, size, time), the view, ... changes it."""
+    digest = hashlib.sha256(json.dumps([1, collection.fingerprint(), size, crop, facet, bfloat16]).encode())
     for name, tensor in backbone.state_dict().items():
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -275,14 +275,14 @@ def open_map(path):
 
 
 @torch.no_grad()
-def extract_features(backbone, collection, size, crop="none", facet="token", cache_dir="cache",
+def extract_features(backbone, collection, size, crop="none", facet="token", bfloat16=False, cache_dir="cache",
                      batch_size=32, workers=2, device="cpu"):
     """Features of all views, from the cache where it has them. Item n is view n % v of image n // v.
 
     Writes into `<cache_dir>/<key>.partial` and renames the folder when it is complete. A killed extraction goes on
     after its last full batch. Raises InputError for bad images and a full disk.
     """
-    folder = Path(cache_dir) / cache_key(backbone, facet, collection, size, crop)
+    folder = Path(cache_dir) / cache_key(backbone, collection, size, crop, facet, bfloat16)
     names = ("maps", "vectors", "labels") if collection.has_labels else ("maps", "vectors")
     if not folder.is_dir():
         n = len(collection) * (5 if crop == "five" else 1)
@@ -307,7 +307,7 @@ def extract_features(backbone, collection, size, crop="none", facet="token", cac
         saved = time.monotonic()
         with tqdm(total=len(collection), initial=done, desc="features", unit="image") as bar:
             for images, labels in batches(rest, batch_size, workers):
-                maps = backbone(normalize(images.to(device)), facet)
+                maps = frozen_features(backbone, normalize(images.to(device)), facet, bfloat16)
                 start = done * n // len(collection)
                 rows = slice(start, start + len(images))
                 out["maps"][rows] = maps.half().cpu().numpy()

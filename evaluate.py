@@ -589,6 +589,16 @@ def choose_device(name):
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def choose_precision(name, device):
+    """Whether the backbone runs in bfloat16: if asked to, or for "auto" where the device computes with it natively."""
+    if name != "auto":
+        return name == "bfloat16"
+    if device.type == "cpu":
+        can = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to older releases of PyTorch
+        return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def run(main):
     """main(), with a user's mistake as one sentence and exit status 2, and Ctrl-C as another and 130."""
     try:
@@ -615,12 +625,16 @@ def main():
     parser.add_argument("--clusters", choices=("refit", "online"), default="refit",
                         help="k-means on the finished codes (default), or the probe trained beside the head")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of the backbone's matrix products (default: bfloat16 where the device has it)")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images and run CRFs")
     args = parser.parse_args()
 
     path = Path(args.checkpoint)
     path = path / "checkpoint.pt" if path.is_dir() else path
-    model, config = load_checkpoint(path, choose_device(args.device))
+    device = choose_device(args.device)
+    model, config = load_checkpoint(path, device)
+    model.bfloat16 = choose_precision(args.precision, device)
     size = data.round_to_patch(args.eval_resolution or config["eval_resolution"], model.backbone.patch_size)
     probes, prediction = model_probes(model)
     if args.clusters == "online":

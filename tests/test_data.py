@@ -183,7 +183,7 @@ def test_round_to_patch():
 @pytest.mark.parametrize("facet", ["token", "key"])
 def test_cached_features_equal_a_straight_pass(folder, backbone, crop, per_image, facet, tmp_path):
     train = data.Directory(folder, "train", 4)
-    features = data.extract_features(backbone, train, 16, crop, facet, tmp_path / "cache", batch_size=2, workers=0)
+    features = data.extract_features(backbone, train, 16, crop, facet, cache_dir=tmp_path / "cache", batch_size=2, workers=0)
     assert features.maps.shape == (3 * per_image, 16, 2, 2) and features.maps.dtype == torch.float16
     for i in range(3):
         images, labels = data.Views(train, 16, crop)[i]
@@ -218,18 +218,18 @@ def test_a_killed_extraction_goes_on_where_it_was(folder, backbone, tmp_path, mo
 
 
 def test_another_file_weight_size_crop_or_facet_is_another_cache(folder, backbone):
-    key = lambda size=16, crop="none", facet="token", **kwargs: data.cache_key(
-        backbone, facet, data.Directory(folder, "train", 4), size, crop)
+    key = lambda size=16, crop="none", facet="token", bfloat16=False: data.cache_key(
+        backbone, data.Directory(folder, "train", 4), size, crop, facet, bfloat16)
     original = key()
     assert key() == original
-    seen = {original, key(size=32), key(crop="five"), key(facet="key")}
+    seen = {original, key(size=32), key(crop="five"), key(facet="key"), key(bfloat16=True)}
     os.utime(folder / "imgs/train/a.png", ns=(1, 1))
     seen.add(key())
     (folder / "imgs/train/a.png").rename(folder / "imgs/train/z.png")
     seen.add(key())
     backbone.norm.bias += 1
     seen.add(key())
-    assert len(seen) == 7
+    assert len(seen) == 8
 
 
 # ---- neighbours ----

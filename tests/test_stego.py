@@ -236,6 +236,13 @@ def test_vit_refuses_what_it_cannot_do(arguments):
         tiny_vit()(**arguments)
 
 
+def test_bfloat16_features_point_along_the_float32_ones():
+    vit = stego.vit_from_state_dict({key[4:]: v for key, v in GOLDEN.items() if key.startswith("vit/")}, num_heads=6).eval()
+    exact, fast = (stego.frozen_features(vit, GOLDEN["vit_native_images"], bfloat16=flag) for flag in (False, True))
+    assert fast.dtype == torch.float32 and not torch.equal(exact, fast)
+    assert nnf.cosine_similarity(exact, fast, dim=1).min() > 0.999
+
+
 # ---- presets and checkpoints ----
 
 def test_presets_are_complete_and_name_known_backbones():
