@@ -1,7 +1,8 @@
 """Score a trained checkpoint on labelled images, or segment a folder of your own photos.
 
-    python evaluate.py --checkpoint runs/scenes/checkpoint.pt                       # scores of its own data set
-    python evaluate.py --checkpoint runs/scenes/checkpoint.pt --predict photos --out segmented
+    python evaluate.py --checkpoint runs/scenes-1                                   # scores of its own data set
+    python evaluate.py --checkpoint runs/scenes-1 --predict photos --out segmented
+    python evaluate.py --compare runs/*                                             # mean and spread over seeds
 
 Clusters carry no names: each is matched to one class by the Hungarian method on a single confusion matrix over the
 whole data set, and only then scored. The linear probe is read as it is.
@@ -282,6 +283,7 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
         clusters = isinstance(probes[name.removesuffix(" + CRF")][0], ClusterProbe)
         assignment = hungarian(confusion) if clusters else np.arange(len(confusion))
         results[name] = {**scores(confusion, assignment), "assignment": assignment.tolist()}
+        results[name]["iou"] = [None if math.isnan(iou) else iou for iou in results[name]["iou"]]  # JSON has no NaN
 
     if results:
         width = max(map(len, probes))
@@ -297,18 +299,45 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
     columns = [("image", [sample["image"] for sample in samples])]
     if collection.has_labels:
         columns.append(("label", [paint(sample["label"], collection.palette) for sample in samples]))
+    n_clusters = len(probes[prediction][0].centroids)
     for name in (RAW, prediction, f"{prediction} + CRF", LINEAR):
         if name in samples[0]:
-            matched = results[name]["assignment"] if results else range(probes[prediction][0].centroids.shape[0])
+            if results:
+                matched = results[name]["assignment"]
+            else:  # without classes: the colours of the predicted clusters that they share most pixels with
+                matched = hungarian(sum(confusion_matrix(sample[name], sample[prediction], n_clusters, n_clusters)
+                                        for sample in samples))
             colours = cluster_palette(matched, collection.palette)
             columns.append((name, [paint(sample[name], colours) for sample in samples]))
-    names = collection.names if results else [f"cluster {k}" for k in range(len(probes[prediction][0].centroids))]
+    names = collection.names if results else [f"cluster {k}" for k in range(n_clusters)]
     draw_panel(folder / "panel.png", columns, names, cluster_palette(range(len(names)), collection.palette))
 
     summary = {"data": str(collection.root), "split": collection.split, "images": len(collection),
                "classes": collection.names, "prediction": prediction, "results": results, "seconds": seconds}
     data.write_text(folder / "scores.json", json.dumps(summary, indent=1))
     return summary
+
+
+def compare(folders):
+    """Prints one line of mIoU for all runs that differ in nothing but their seed: mean +- standard deviation."""
+    groups = {}
+    for folder in map(Path, folders):
+        try:
+            config, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "scores.json"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--compare {folder}: not the folder of a finished run ({error})") from error
+        config.pop("seed")
+        groups.setdefault(json.dumps(config, sort_keys=True), []).append(summary["results"])
+    settings = [json.loads(key) for key in groups]
+    differing = [name for name in settings[0] if len({str(config.get(name)) for config in settings}) > 1]
+    rows = [RAW, ONLINE, REFIT, f"{REFIT} + CRF", LINEAR]
+    print("mIoU".ljust(40) + "seeds" + "".join(f"{name:>24}" for name in rows))
+    for config, runs in zip(settings, groups.values()):
+        line = ", ".join(f"{name} {config.get(name)}" for name in differing).ljust(40) + f"{len(runs):5}"
+        for name in rows:
+            values = [run[name]["miou"] for run in runs if name in run]
+            line += f"{np.mean(values):16.1f} +- {np.std(values, ddof=len(values) > 1):4.1f}" if values else " " * 24
+        print(line)
 
 
 def cluster_names(assignment, names, order):
@@ -613,7 +642,7 @@ def run(main):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt of a training run, or the run's folder")
+    parser.add_argument("--checkpoint", help="checkpoint.pt of a training run, or the run's folder")
     parser.add_argument("--predict", metavar="PHOTOS", help="segment this image, or all below this folder, of any size")
     parser.add_argument("--out", metavar="FOLDER", help="where results go (default: eval-<split> beside the checkpoint)")
     parser.add_argument("--dataset", choices=data.DATASETS, help="default: the one it was trained on")
@@ -628,8 +657,15 @@ def main():
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the backbone's matrix products (default: bfloat16 where the device has it)")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images and run CRFs")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="only print a table of these runs' scores, mean and "
+                        "standard deviation over runs that differ in their seed alone")
     args = parser.parse_args()
 
+    if args.compare:
+        compare(args.compare)
+        return
+    if not args.checkpoint:
+        raise InputError("give --checkpoint FILE, or --compare RUN RUN ...")
     path = Path(args.checkpoint)
     path = path / "checkpoint.pt" if path.is_dir() else path
     device = choose_device(args.device)

@@ -98,12 +98,21 @@ def test_five_crops_and_keys(workplace, monkeypatch):
     assert next((workplace / "cache").glob("*/vectors.npy")) and len(data.open_map(next(workplace.glob("cache/*/maps.npy")))) == 60
 
 
-def test_the_same_command_gives_the_same_weights_and_another_seed_others(workplace, monkeypatch):
+def test_the_same_command_gives_the_same_weights_and_another_seed_others(workplace, monkeypatch, capsys):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         train_here(monkeypatch, "--data-root", "images", "--name", name, "--no-crf", "--seed", seed, *SMALL)
     a, b, c = (weights(workplace / "runs" / name) for name in "abc")
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not torch.equal(a["head.linear.weight"], c["head.linear.weight"])
+
+    capsys.readouterr()
+    train_here(monkeypatch, "--data-root", "images", "--name", "d", "--no-crf", "--no-zero-clamp", *SMALL)
+    train.evaluate.compare(["runs/a", "runs/c", "runs/d"])
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    scored = [json.loads((workplace / f"runs/{name}/scores.json").read_text())["results"]["linear probe"]["miou"] for name in "ac"]
+    assert lines[0].startswith("zero_clamp True ") and lines[0].split()[2] == "2"
+    assert lines[0].endswith(f"{np.mean(scored):.1f} +- {np.std(scored, ddof=1):4.1f}")
+    assert lines[1].startswith("zero_clamp False ") and lines[1].endswith("0.0")
 
 
 def test_the_probes_teach_the_head_nothing(workplace, monkeypatch):
