@@ -1,161 +1,149 @@
 """Dense CRF: mean field in a fully connected CRF, filtered on permutohedral lattices. NumPy only.
 
-Every pixel i is joined to every other pixel j by two Gaussian kernels (Krähenbühl & Koltun, NeurIPS 2011):
+Every two pixels i, j are joined by two Gaussian kernels of their positions p and colours I (Krähenbühl & Koltun,
+"Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", NeurIPS 2011):
 
-    k_g(i, j) = exp(-|p_i - p_j|^2 / 2 gaussian_std^2)                                                (smoothness)
-    k_b(i, j) = exp(-|p_i - p_j|^2 / 2 bilateral_xy_std^2 - |I_i - I_j|^2 / 2 bilateral_rgb_std^2)    (appearance)
+    k_g(i, j) = exp(-|p_i - p_j|^2 / 2 gaussian_std^2)                                                  smoothness
+    k_b(i, j) = exp(-|p_i - p_j|^2 / 2 bilateral_xy_std^2 - |I_i - I_j|^2 / 2 bilateral_rgb_std^2)      appearance
 
-with positions p and colours I. The mean-field approximation Q of the labelling is the fixed point of
+Mean field approximates the labelling by independent Q_i and repeats (their algorithm 1, with a Potts model)
 
-    Q_i(l) = softmax_l( -U_i(l) + sum_m w_m sum_j n_i k_m(i, j) n_j Q_j(l) ),    n = (K_m 1)^(-1/2)   (algorithm 1)
+    Q_i(l) <- softmax_l( -U_i(l) + sum_m w_m sum_j n_i k_m(i, j) n_j Q_j(l) ),     U = -log probs,  n = (K_m 1)^(-1/2)
 
-where U = -log(probs). The sums over all j are what is expensive; the permutohedral lattice (Adams, Baek & Davis,
-Eurographics 2010) approximates them in linear time: K = slice . blur . splat. In d dimensions (2 or 5) it tiles the
-feature space with simplices; a pixel adds its values to the d + 1 vertices of its simplex with barycentric weights
-(splat), the occupied vertices are blurred with [1/2, 1, 1/2] along each of the d + 1 axes, and the pixel reads the
-result back with the same weights (slice). Constant factors of K cancel in the normalisation n.
+The sum over all j takes linear time on a permutohedral lattice (Adams, Baek & Davis, "Fast High-Dimensional Filtering
+Using the Permutohedral Lattice", Eurographics 2010), K ~ slice . blur . splat: simplices tile the d-dimensional feature
+space (d = 2 or 5); a pixel adds its values to the d + 1 vertices of its simplex with barycentric weights (splat), the
+occupied vertices are blurred with [1/2, 1, 1/2] along d + 1 axes in turn, and the pixel reads its sum back with the
+same weights (slice). Constant factors of K cancel in n.
 
-Written for NumPy: values are rows of C floats, and all irregular access is `np.take` of whole rows.
-- 16 pixels that share vertices form a group with one small dense (16, K) weight matrix over the K vertices that they
-  touch. Slice is a batch of products `weights @ vertices`, splat is its transpose followed by a sum over groups.
-- n and sqrt(w) are folded into those weights, so normalisation and kernel weight cost nothing per iteration.
-- Sequences of unequal length (terms of a sum, vertices along an axis) are sorted by length and cut into rectangles,
-  so that sums and blurs are contiguous additions of whole arrays.
+What makes it fast in NumPy (values are rows of C floats, irregular access is `np.take` of whole rows):
+- splat and slice are sparse matrices whose rows are ordered so that 16 neighbours use much the same columns; each 16
+  rows are stored as one dense block over those columns, and a product is a batch of small matrix products;
+- n and sqrt(w) are folded into these matrices, so that normalisation and kernel weights are free;
+- blur puts the lines of an axis side by side, so that all neighbours are one fixed stride away.
 
-As pydensecrf: the lattice keeps the self term j = i, `probs` is clipped at 1e-5, and colours enter as BGR (as the
-STEGO authors feed them; a lattice is not symmetric in the order of its features). Results equal it to rounding.
+As pydensecrf, whose results it equals to rounding: the term j = i stays in the sum, probs are clipped at 1e-5.
+# as the authors' code (src/crf.py, eb4d6b5): colours enter as BGR; a lattice is not symmetric in the order of features.
+One call keeps one core busy: for many images run one process a core, each with one BLAS thread.
 """
 import functools
 
 import numpy as np
 
-TILE = 4  # pixels of one image tile are neighbours in memory
-GROUP = TILE * TILE  # pixels that share one dense weight matrix: more amortises calls, fewer wastes less on zeros
-ROWS = 8192  # rows gathered at a time: ROWS x C floats stay in the processor's cache
+GROUP = 16  # rows of a dense block: more share more columns, but multiply more zeros
+ROWS = 8192  # rows handled by one NumPy call: few calls, yet the rows stay in the processor's cache
 
 
 def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
               bilateral_xy_std=67, bilateral_rgb_std=3, bilateral_weight=4):
-    """Refine per-pixel class probabilities so that near pixels of like colour agree.
+    """Refine class probabilities so that pixels that are near, or of like colour and not far, agree.
 
-        Q <- softmax(log probs + gaussian_weight * K_g Q + bilateral_weight * K_b Q),  K normalised as n k n
+        Q <- softmax(log probs + gaussian_weight * K_g Q + bilateral_weight * K_b Q),    K normalised to n k n
 
-    image: (H, W, 3) uint8, RGB. probs: (C, H, W) floats, softmax over C, clipped at 1e-5 before the logarithm.
-    gaussian_std, bilateral_xy_std: pixels; bilateral_rgb_std: grey levels (0..255). The defaults are the authors'.
-    A kernel of weight 0 is left out. Returns Q after `iterations` updates, (C, H, W) float32, sums over C to 1.
-    Raises ValueError for wrong shapes or dtypes, for values that are not finite, for a standard deviation that is not
-    positive (or so small that the lattice cannot be indexed), and for a negative weight or number of iterations.
+    image: (H, W, 3) uint8, RGB. probs: (C, H, W) floats, sums over C of 1. gaussian_std and bilateral_xy_std in pixels,
+    bilateral_rgb_std in grey levels of 0..255. A kernel of weight 0 is left out, at no cost.
+    Returns Q after `iterations` updates, (C, H, W) float32, sums over C of 1.
+    Raises ValueError for a wrong shape or dtype, for probs that are not finite, for a standard deviation that is not
+    positive (or too small to number the cells of its lattice), for a negative weight or number of iterations.
     """
     image, probs = np.asarray(image), np.asarray(probs)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
     if probs.ndim != 3 or probs.shape[1:] != image.shape[:2] or probs.size == 0:
-        raise ValueError(f"probs must be (C, H, W) with the H, W of the image {image.shape[:2]}, got {probs.shape}")
+        raise ValueError(f"probs must be (C, H, W) with H, W of the image, {image.shape[:2]}, got {probs.shape}")
     if not np.issubdtype(probs.dtype, np.floating) or not np.isfinite(probs).all():
-        raise ValueError(f"probs must be finite floats, got {probs.dtype} or a NaN or infinite value")
+        raise ValueError(f"probs must be finite floats, got {probs.dtype}, or NaN or infinity among them")
     for std in (gaussian_std, bilateral_xy_std, bilateral_rgb_std):
-        if not 0 < np.float32(std) < np.inf:
-            raise ValueError(f"standard deviations must be positive and finite, got {std}")
-    for weight in (gaussian_weight, bilateral_weight, iterations):
-        if not 0 <= weight < np.inf:
-            raise ValueError(f"weights and iterations must be finite and not negative, got {weight}")
+        if not 1e-6 < std < np.inf:
+            raise ValueError(f"standard deviations must be positive (above 1e-6) and finite, got {std}")
+    for number in (gaussian_weight, bilateral_weight, iterations):
+        if not 0 <= number < np.inf:
+            raise ValueError(f"weights and iterations must be finite and not negative, got {number}")
 
     n_classes, height, width = probs.shape
-    order, position = _tiles(height, width)  # rows of all arrays below are pixels in this order
     kernels = []
     if gaussian_weight:
-        kernels.append(_spatial_kernel(height, width, gaussian_std, gaussian_weight))
+        kernels.append(_spatial_kernel(height, width, float(gaussian_std), float(gaussian_weight)))
     if bilateral_weight:
-        colour = image.reshape(-1, 3)[order, ::-1].astype(np.float32)
-        features = np.hstack([position / np.float32(bilateral_xy_std), colour / np.float32(bilateral_rgb_std)])
-        kernels.append(_Kernel(features, bilateral_weight, sort=True))
+        features = np.hstack([_positions(height, width) / np.float32(bilateral_xy_std),
+                              image.reshape(-1, 3)[:, ::-1] / np.float32(bilateral_rgb_std)])
+        kernels.append(_Kernel(features, bilateral_weight))
+    *scratch, messages = _buffers(kernels, n_classes)
 
-    unary = np.log(np.clip(probs, 1e-5, 1)).astype(np.float32, copy=False).reshape(n_classes, -1)
-    log_probs = np.empty((height * width, n_classes), np.float32)
-    for lo in range(0, len(order), ROWS):
-        log_probs[lo:lo + ROWS] = np.take(unary, order[lo:lo + ROWS], axis=1).T
-    q, part, ones = np.empty_like(log_probs), np.empty((ROWS, n_classes), np.float32), np.ones((n_classes, 1), np.float32)
-    *scratch, messages = _scratch(kernels, n_classes)
-    for iteration in range(iterations + 1):  # the first, without messages, is Q = softmax(-U)
-        for kernel, message in zip(kernels, messages if iteration else []):
+    log_probs = np.log(np.clip(probs.astype(np.float32), 1e-5, 1)).reshape(n_classes, -1)
+    log_probs = np.ascontiguousarray(log_probs.T)  # (P, C), as all below
+    q, part = np.empty_like(log_probs), np.empty((ROWS, n_classes), np.float32)
+    ones = np.ones(n_classes, np.float32)
+    for iteration in range(iterations + 1):  # number 0, without messages, is the start Q = softmax(-U)
+        active = list(zip(kernels, messages)) if iteration else []
+        for kernel, message in active:
             kernel.filter(q, *scratch, message)
         for lo in range(0, len(q), ROWS):
             x = q[lo:lo + ROWS]
             x[:] = log_probs[lo:lo + ROWS]
-            for kernel, message in zip(kernels, messages if iteration else []):
-                if kernel.place is None:
-                    x += message[lo:lo + len(x)]
-                else:
-                    x += np.take(message, kernel.place[lo:lo + ROWS], axis=0, out=part[:len(x)], mode="clip")
-            if x.max() > 80:  # exp would overflow; else no shift is needed, as messages are >= 0 and -U >= log 1e-5
+            for kernel, message in active:
+                x += np.take(message, kernel.place[lo:lo + ROWS], axis=0, out=part[:len(x)], mode="clip")
+            if x.max() > 80:  # exp would overflow; below it needs no shift, as messages >= 0 and -U >= log 1e-5
                 x -= x.max(axis=1, keepdims=True)
             np.exp(x, out=x)
-            x /= x @ ones
-    result, inverse = unary, np.argsort(order)
-    for lo in range(0, len(order), ROWS):
-        result[:, lo:lo + ROWS] = np.take(q, inverse[lo:lo + ROWS], axis=0).T
-    return result.reshape(probs.shape)
+            x /= (x @ ones)[:, None]
+    return np.ascontiguousarray(q.T).reshape(probs.shape)
 
 
-@functools.lru_cache(maxsize=2)
-def _tiles(height, width):
-    """Pixels tile by tile -> raster index (P,), position (x, y) (P, 2) float32."""
-    y, x = (a.ravel() for a in np.mgrid[:height, :width])
-    order = np.lexsort((x, y, x // TILE, y // TILE))
-    return order, np.stack([x, y], axis=1)[order].astype(np.float32)
+def _positions(height, width):
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    return np.stack([x.ravel(), y.ravel()], axis=1)  # (P, 2)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2)  # a data set has one image size, or few
 def _spatial_kernel(height, width, std, weight):
-    _, position = _tiles(height, width)
-    return _Kernel(position / np.float32(std), weight, sort=False)
+    return _Kernel(_positions(height, width) / np.float32(std), weight)
 
 
 def _simplices(features):
-    """Enclosing simplex of each point (Adams et al., section 3.1): features (P, d) float32, in standard deviations.
+    """Enclosing simplex of each point (Adams et al., section 3): features (P, d) float32, in standard deviations.
 
-    Returns the simplex's vertex of remainder 0 (d, P), the rank of each coordinate in the falling order of the
-    differences from it (d, P), integers, and the barycentric weights (P, d + 1) of the vertices of remainder 0..d.
+    Returns the vertex whose coordinates are multiples of d + 1, (d + 1, P), the rank of each coordinate by falling
+    distance of the point from it, (d + 1, P), and the barycentric weights (d + 1, P) of the vertices, this one first.
     """
     n_points, d = features.shape
-    # Elevate to the hyperplane sum = 0 in d + 1 dimensions; the scale makes the blur a Gaussian of unit variance.
-    scale = (np.sqrt(2 / 3) * (d + 1) / np.sqrt(np.arange(1, d + 1) * np.arange(2, d + 2))).astype(np.float32)
+    # Onto the hyperplane sum = 0 of d + 1 dimensions, scaled so that the whole filter has unit variance. All in float32
+    # and in pydensecrf's order: a point within rounding of a face should fall on the same side of it.
+    scale = np.float32(np.sqrt(2 / 3) * (d + 1)) / np.sqrt(np.arange(1, d + 1) * np.arange(2, d + 2))
     elevated, total = np.empty((d + 1, n_points), np.float32), np.zeros(n_points, np.float32)
     for j in range(d, 0, -1):
-        scaled = features[:, j - 1] * scale[j - 1]
+        scaled = features[:, j - 1] * np.float32(scale[j - 1])
         elevated[j] = total - np.float32(j) * scaled
         total += scaled
     elevated[0] = total
 
-    nearest = np.rint(elevated * np.float32(1 / (d + 1)))
-    origin = nearest * np.float32(d + 1)
-    rank = np.zeros((d + 1, n_points), np.int32)
-    difference = elevated - origin
+    steps = np.rint(elevated * np.float32(1 / (d + 1)))
+    origin = steps * np.float32(d + 1)
+    apart, rank = elevated - origin, np.zeros((d + 1, n_points), np.int64)
     for i in range(d):
         for j in range(i + 1, d + 1):
-            less = difference[i] < difference[j]  # ties go to the lower index
+            less = apart[i] < apart[j]  # of equals the lower index ranks first
             rank[i] += less
             rank[j] += ~less
-    # Rounding may have left the hyperplane by sum(nearest) steps: move the coordinates that were rounded most.
-    rank += nearest.sum(axis=0).astype(np.int32)
-    wrap = (d + 1) * ((rank < 0).astype(np.int32) - (rank > d))
+    # Rounding leaves the hyperplane by sum(steps): take it back from the coordinates that were rounded furthest.
+    rank += steps.sum(axis=0).astype(np.int64)
+    wrap = (d + 1) * ((rank < 0).astype(np.int64) - (rank > d))
     rank += wrap
     origin += wrap
 
-    falling = np.empty((d + 1, n_points), np.float32)
+    falling = np.empty_like(elevated)
     np.put_along_axis(falling, rank, (elevated - origin) * np.float32(1 / (d + 1)), axis=0)
-    weights = np.empty((n_points, d + 1), np.float32)
-    weights[:, 1:] = (falling[d - 1::-1] - falling[:0:-1]).T
-    weights[:, 0] = falling[d] + (1 - falling[0])
-    return origin[:d], rank, weights
+    weights = (falling - np.roll(falling, -1, axis=0))[::-1]
+    weights[0] += 1
+    return origin, rank, weights
 
 
-def _runs(sizes):
-    """Cut items sorted by falling size into runs (start, stop, size of the first) of about ROWS padded elements."""
+def _runs(sizes, rows):
+    """Cut items of falling size into runs (start, stop, size of the first) that fill about `rows` rows when padded."""
     start = 0
     while start < len(sizes):
         size = int(sizes[start])
-        stop = min(len(sizes), start + max(1, ROWS // size))
+        stop = min(len(sizes), start + max(1, rows // size))
         yield start, stop, size
         start = stop
 
@@ -169,117 +157,117 @@ def _argsort(keys):
 
 
 class _Sparse:
-    """A sparse matrix as dense blocks: GROUP consecutive rows times the K columns that any of them uses."""
+    """A sparse matrix of dense blocks: GROUP consecutive rows by the K columns that any of them uses."""
 
-    def __init__(self, row, column, value, keep_order=False):
-        """Entries row, column, value, listed so that equal columns of a group follow each other."""
+    def __init__(self, row, column, value):
+        """Entries, listed so that equal columns within GROUP rows follow each other."""
         group = row // GROUP
         lane = row - group * GROUP
         order = _argsort(group)
         group, lane, column, value = group[order], lane[order], column[order], value[order]
         is_new = np.append(True, (np.diff(group) != 0) | (np.diff(column) != 0))
         width = np.bincount(group[is_new])  # K of each group
-        within = np.cumsum(is_new) - 1 - (np.cumsum(width) - width)[group]  # column of an entry within its block
-        if keep_order:
-            width[:] = width.max()
+        within = np.cumsum(is_new) - 1 - (np.cumsum(width) - width)[group]  # column of each entry within its block
         by_width = _argsort(width.max() - width)
 
         begin, bounds, n_cells = np.empty_like(width), [], 0
-        for start, stop, size in _runs(width[by_width]):
+        for start, stop, size in _runs(width[by_width], ROWS):
             begin[by_width[start:stop]] = n_cells + size * np.arange(stop - start)
             bounds.append((start * GROUP, stop * GROUP, n_cells, n_cells + size * (stop - start)))
             n_cells = bounds[-1][-1]
-        columns, blocks = np.zeros(n_cells, np.int64), np.zeros(n_cells * GROUP, np.float32)
         cell = begin[group] + within
+        columns, blocks = np.zeros(n_cells, np.int64), np.zeros(n_cells * GROUP, np.float32)
         columns[cell] = column
-        blocks[cell * GROUP + lane] = value
+        blocks[cell * GROUP + lane] = value  # blocks are stored transposed, (groups, K, GROUP)
         self.runs = [(lo, hi, columns[at:end], blocks[at * GROUP:end * GROUP].reshape((hi - lo) // GROUP, -1, GROUP))
                      for lo, hi, at, end in bounds]
         self.n_rows = len(width) * GROUP
         self.place = np.empty(self.n_rows, np.int64)  # where each row of the matrix is in the output
         self.place.reshape(-1, GROUP)[by_width] = np.arange(self.n_rows).reshape(-1, GROUP)
 
-    def scale(self, rows=None, columns=None):
-        """Multiply by a diagonal matrix from the left (`rows`, in the order of the output) or from the right."""
-        for lo, hi, index, blocks in self.runs:  # blocks are stored transposed, (groups, K, GROUP)
-            blocks *= rows[lo:hi].reshape(-1, 1, GROUP) if columns is None else columns[index].reshape(len(blocks), -1, 1)
-
     def multiply(self, x, out, buffer):
-        """x (columns, C) -> out (rows, C), both row-major float32."""
+        """x (columns, C) -> out (rows, C), row r at place[r]."""
         n_classes = x.shape[1]
-        for lo, hi, index, blocks in self.runs:
-            used = np.take(x, index, axis=0, out=buffer[:len(index)], mode="clip").reshape(len(blocks), -1, n_classes)
-            np.matmul(blocks.swapaxes(1, 2), used, out=out[lo:hi].reshape(-1, GROUP, n_classes))
+        for lo, hi, columns, blocks in self.runs:
+            used = np.take(x, columns, axis=0, out=buffer[:len(columns)], mode="clip")
+            np.matmul(blocks.swapaxes(1, 2), used.reshape(len(blocks), -1, n_classes),
+                      out=out[lo:hi].reshape(-1, GROUP, n_classes))
+
+
+def _pack(digits, sizes):
+    """Mixed-radix number of each column of digits, the first digit leading."""
+    number = 0
+    for digit, size in zip(digits, sizes):
+        number = number * int(size) + digit
+    return number
 
 
 class _Kernel:
-    """One kernel sqrt(w) n K n sqrt(w) over P points, ready to filter; nothing in it changes after __init__."""
+    """sqrt(w) n K n sqrt(w) for one kernel over P points, ready to filter; nothing in it changes once it is built."""
 
-    def __init__(self, features, weight, sort):
-        """features (P, d); sort: put points of one simplex next to each other, else keep their order."""
+    def __init__(self, features, weight):
+        """features (P, d) float32, in standard deviations."""
         n_points, d = features.shape
+        too_small = "a standard deviation is too small for this image: its lattice has too many cells to number"
+        if np.ptp(features, axis=0).max() > 1e5:  # float32 no longer tells neighbouring simplices apart
+            raise ValueError(too_small)
         origin, rank, weights = _simplices(features)
+        origin = origin[:d].astype(np.int64)  # the last of d + 1 coordinates is implied: they sum to zero
+        origin -= origin.min(axis=1, keepdims=True)
+        extent = origin.max(axis=1) + 4 * (d + 1)  # with room to step along any axis without a carry
+        if np.prod(extent.astype(float)) > 2.0 ** 60:
+            raise ValueError(too_small)
 
-        # A vertex is d integers (the last of its d + 1 coordinates is implied), packed into one int64 in mixed radix;
-        # the slack keeps a step along an axis from carrying into the next digit.
-        extent = np.ptp(origin, axis=1).astype(np.float64) + 4 * (d + 1)
-        if not np.prod(extent) < 2.0 ** 62:
-            raise ValueError("standard deviations are too small for this image: its lattice has too many cells to index")
-        radix = np.cumprod(np.append(1, extent[:0:-1]))[::-1].astype(np.int64)
-        origin = origin.astype(np.int64)
-        base = radix @ origin
-        # One number for each simplex, rising with origin, then rank: points that are near in this order share vertices.
-        digits = np.append(1, np.cumprod(extent[:0:-1] / (d + 1)))[::-1].astype(np.int64)
-        simplex = digits @ (origin // (d + 1)) * (d + 1) ** d + (d + 1) ** np.arange(d) @ rank[:d]
-        order = np.argsort(simplex) if sort else np.arange(n_points)
+        # Points of a simplex share its vertices, and near simplices share some: number them by blocks of 4^d cells.
+        cell = origin // (d + 1)
+        simplex = _pack([*(cell >> 2), *(cell & 3), *rank[:d]], [*(cell.max(axis=1) >> 2) + 1, *[4] * d, *[d + 1] * d])
+        order = np.argsort(simplex)
         is_new = np.append(True, np.diff(simplex[order]) != 0)
         heads = order[is_new]
-        # From one vertex to the next all coordinates grow by 1, and the largest that has not yet been taken drops by d + 1.
-        drop = np.empty((d + 1, len(heads)), np.int64)
-        np.put_along_axis(drop, rank[:, heads], (d + 1) * np.append(radix, 0)[:, None], axis=0)
-        corners = np.cumsum(np.vstack([base[heads], radix.sum() - drop[:0:-1]]), axis=0)
-        keys, corners = np.unique(corners.T, return_inverse=True)
+        # From a vertex of a simplex to the next one coordinate drops by d, in order of falling rank, others grow by 1.
+        radix = np.append(_pack(np.eye(d, dtype=np.int64), extent), 0)
+        walk = np.empty((d + 1, len(heads)), np.int64)
+        np.put_along_axis(walk, (d + 1 - rank[:, heads]) % (d + 1), radix.sum() - (d + 1) * radix[:, None], axis=0)
+        walk[0] = radix[:d] @ origin[:, heads]
+        keys, corners = np.unique(np.cumsum(walk, axis=0).T, return_inverse=True)
 
-        # Number the vertices in the order in which the points meet them, so that near numbers share points.
+        # Number the vertices in the order in which the points meet them.
         corners = corners.reshape(-1, d + 1)
         first = np.empty(len(keys), np.int64)
-        first[corners[::-1].ravel()] = np.arange(corners.size)[::-1]
-        number = np.empty(len(keys), np.int64)
+        first[corners[::-1, ::-1].ravel()] = np.arange(corners.size)[::-1]
+        number = np.empty_like(first)
         number[np.argsort(first)] = np.arange(len(keys))
         vertex = number[corners][np.cumsum(is_new) - 1].ravel()
-        point, value = np.repeat(np.arange(n_points), d + 1), weights[order].ravel()
+        point, value = np.repeat(np.arange(n_points), d + 1), weights.T[order].ravel()
 
         self.splat = _Sparse(vertex, order[point], value)
-        row = self._plan_blur(keys, radix, 1 + self.splat.place[number])
-        column = np.empty(len(keys), np.int64)
-        column[number] = row
+        row = np.empty_like(first)  # of each vertex, by number, after the blur
+        row[number] = self._plan_blur(keys, radix, 1 + self.splat.place[number])
         by_vertex = _argsort(vertex)
-        self.slice = _Sparse(point[by_vertex], column[vertex[by_vertex]], value[by_vertex], keep_order=not sort)
-        self.place = None  # of each point in the output; None: in order
-        if sort:
-            self.place = np.empty(n_points, np.int64)
-            self.place[order] = self.slice.place[:n_points]
+        self.slice = _Sparse(point[by_vertex], row[vertex[by_vertex]], value[by_vertex])
+        self.place = np.empty(n_points, np.int64)  # row of each point in the output of slice
+        self.place[order] = self.slice.place[:n_points]
+        self.n_buffer = max(len(run[-2]) for run in self.splat.runs + self.slice.runs + sum(self.axes, []))
 
-        self.n_buffer = max(max(len(index) for matrix in (self.splat, self.slice) for _, _, index, _ in matrix.runs),
-                            max(len(source) for runs in self.axes for source, *_ in runs))
-        (*scratch, (norm,)), ones = _scratch([self], 1), np.ones((n_points, 1), np.float32)
-        self.filter(ones, *scratch, norm)  # K 1
-        norm = np.sqrt(np.float32(weight) / (norm + np.float32(1e-20)))
-        self.slice.scale(rows=norm)
-        self.splat.scale(columns=norm[:, 0] if self.place is None else norm[self.place, 0])
+        *scratch, (norm,) = _buffers([self], 1)
+        self.filter(np.ones((n_points, 1), np.float32), *scratch, norm)  # K 1
+        norm = np.sqrt(np.float32(weight) / (norm[:, 0] + np.float32(1e-20)))
+        for lo, hi, _, blocks in self.slice.runs:
+            blocks *= norm[lo:hi].reshape(-1, 1, GROUP)
+        for _, _, columns, blocks in self.splat.runs:
+            blocks *= norm[self.place[columns]].reshape(len(blocks), -1, 1)
 
     def _plan_blur(self, keys, radix, row):
-        """For each axis, lay lines of adjacent vertices side by side, so that neighbours are a fixed stride apart.
+        """For each axis lay the lines of adjacent vertices side by side, longest first: neighbours are a stride apart.
 
-        keys: packed coordinates, rising; row: row of each vertex before the blur (row 0 is a zero). Returns it after.
+        keys: packed vertices, rising; row: of each vertex before the blur (row 0 holds zeros). Returns it after.
         """
-        n_vertices, d = len(keys), len(radix)
         self.axes, self.n_rows, row = [], 1 + self.splat.n_rows, np.append(row, 0)
-        for axis in range(d + 1):
-            step = ((d + 1) * radix[axis] if axis < d else 0) - radix.sum()  # -1 everywhere but d on the axis itself
-            found = np.minimum(np.searchsorted(keys, keys + step), n_vertices - 1)
-            following = np.append(np.where(keys[found] == keys + step, found, -1), -1)  # -1, also of -1: past the end
-            is_first = np.ones(n_vertices + 1, bool)
+        for axis in range(len(radix)):
+            key = keys + (len(radix) * radix[axis] - radix.sum())  # one step: d on the axis itself, -1 on the others
+            found = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
+            following = np.append(np.where(keys[found] == key, found, -1), -1)  # -1: past the end, and stays there
+            is_first = np.ones(len(row), bool)
             is_first[following] = False
             first = np.flatnonzero(is_first[:-1])
             length, reached = np.ones(len(first), np.int64), following[first]
@@ -287,39 +275,38 @@ class _Kernel:
                 length += reached >= 0
                 reached = following[reached]
             by_length = _argsort(length.max() - length)
-            first, length = first[by_length], length[by_length]
 
-            runs, new_row, at = [], np.zeros_like(row), 1
-            for start, stop, size in _runs(length):
-                line = np.empty((size, stop - start), np.int64)
-                line[0] = first[start:stop]
+            runs, new_row, end = [], np.zeros_like(row), 1
+            for start, stop, size in _runs(length[by_length], ROWS // 4):
+                lines = np.empty((size, stop - start), np.int64)
+                lines[0] = first[by_length[start:stop]]
                 for position in range(1, size):
-                    line[position] = following[line[position - 1]]
-                line, end = line.ravel(), at + line.size
-                new_row[line] = np.arange(at, end)
-                runs.append((row[line], at, end, stop - start))
-                at = end
+                    lines[position] = following[lines[position - 1]]  # shorter lines go on with -1, the row of zeros
+                begin, end = end, end + lines.size
+                new_row[lines.ravel()] = np.arange(begin, end)
+                runs.append((begin, end, row[lines.ravel()], stop - start))
             new_row[-1], row = 0, new_row
             self.axes.append(runs)
-            self.n_rows = max(self.n_rows, at)
+            self.n_rows = max(self.n_rows, end)
         return row[:-1]
 
     def filter(self, q, vertices, blurred, buffer, out):
-        """q (P, C) -> message of this kernel in `out`, with point i in row self.place[i]."""
+        """q (P, C) -> message of this kernel, that of point i in row self.place[i] of out."""
         self.splat.multiply(q, vertices[1:], buffer)
         for runs in self.axes:
-            for source, begin, end, stride in runs:
+            for begin, end, source, stride in runs:
                 x = np.take(vertices, source, axis=0, out=blurred[begin:end], mode="clip")
-                if len(x) > stride:
-                    half = np.multiply(x, np.float32(0.5), out=buffer[:len(x)])
-                    x[stride:] += half[:-stride]
-                    x[:-stride] += half[stride:]
+                if len(x) == stride:
+                    continue  # vertices without neighbours on this axis
+                half = np.multiply(x, np.float32(0.5), out=buffer[:len(x)])
+                x[stride:] += half[:-stride]
+                x[:-stride] += half[stride:]
             vertices, blurred = blurred, vertices
         self.slice.multiply(vertices, out, buffer)
 
 
-def _scratch(kernels, n_classes):
-    """Buffers for _Kernel.filter: vertices twice (row 0 stays zero), gathered rows, and an output for each kernel."""
+def _buffers(kernels, n_classes):
+    """What _Kernel.filter writes to: vertices twice (row 0 stays zero), gathered rows, an output for each kernel."""
     n_rows = max((kernel.n_rows for kernel in kernels), default=0)
     n_buffer = max((kernel.n_buffer for kernel in kernels), default=0)
     buffers = [np.zeros((n, n_classes), np.float32) for n in (n_rows, n_rows, n_buffer)]

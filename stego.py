@@ -299,6 +299,14 @@ def sample(maps, points):
     return nnf.grid_sample(maps, points, mode="bilinear", padding_mode="border", align_corners=True)
 
 
+def unit(maps):
+    """Vectors of length 1 along the channels, (N, C, h, w); shorter than 1e-10 they are divided by 1e-10.
+
+    Written out because it is several times faster on a CPU than nnf.normalize along dimension 1.
+    """
+    return maps / maps.square().sum(1, keepdim=True).clamp(min=1e-20).sqrt()
+
+
 def correlation(a, b):
     """Cosine of every position of a with every position of b (Eq. 1).
 
@@ -306,7 +314,7 @@ def correlation(a, b):
 
     a: (N, C, h, w). b: (N, C, i, j). Returns (N, h, w, i, j).
     """
-    return torch.einsum("nchw,ncij->nhwij", nnf.normalize(a, dim=1, eps=1e-10), nnf.normalize(b, dim=1, eps=1e-10))
+    return torch.einsum("nchw,ncij->nhwij", unit(a), unit(b))
 
 
 def correspondence_loss(features_a, features_b, codes_a, codes_b, shift,
