@@ -120,12 +120,13 @@ def scores(confusion, assignment):
 # ---------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def kmeans(codes, n_clusters, restarts=5, seed=0, iterations=100):
+def kmeans(codes, n_clusters, restarts=10, seed=0, iterations=100):
     """Spherical k-means: unit centroids that maximise mean_n max_k cos(code_n, centroid_k), best of some restarts.
 
-    codes: (N, C), any length. Each restart begins with k-means++ (Arthur, Vassilvitskii 2007); an empty cluster
-    continues at the code that fits worst. Deterministic per seed. Returns (n_clusters, C). Raises ValueError where
-    there are fewer codes than clusters.
+    codes: (N, C), any length. Each restart begins with greedy k-means++ (Arthur, Vassilvitskii 2007); an empty cluster
+    continues at the code that fits worst. Restarts matter: about half of the single runs on the embedded scenes end in
+    an optimum that is 10 points of mIoU worse, and shows it in the objective. Deterministic per seed. Returns
+    (n_clusters, C). Raises ValueError where there are fewer codes than clusters.
     """
     if not 1 <= n_clusters <= len(codes):
         raise ValueError(f"{n_clusters} clusters of {len(codes)} codes")
@@ -137,10 +138,11 @@ def kmeans(codes, n_clusters, restarts=5, seed=0, iterations=100):
         distance = 1 - codes @ centroids[0]  # half the squared distance to the nearest centroid so far
         for _ in range(n_clusters - 1):
             chance = distance.clamp(min=1e-12).cumsum(0)
-            draw = torch.rand(1, generator=generator).to(codes.device) * chance[-1]
-            chosen = codes[torch.searchsorted(chance, draw).clamp(max=len(codes) - 1)]
-            centroids = torch.cat([centroids, chosen])
-            distance = torch.minimum(distance, 1 - codes @ chosen[0])
+            draws = torch.rand(2 + int(math.log(n_clusters)), generator=generator).to(codes.device) * chance[-1]
+            chosen = codes[torch.searchsorted(chance, draws).clamp(max=len(codes) - 1)]  # (draws, C)
+            distances = torch.minimum(distance[:, None], 1 - codes @ chosen.T)
+            best_draw = distances.sum(0).argmin()
+            centroids, distance = torch.cat([centroids, chosen[best_draw, None]]), distances[:, best_draw]
         objective = -torch.inf
         for _ in range(iterations):
             similarity, nearest = (codes @ centroids.T).max(1)
@@ -157,7 +159,7 @@ def kmeans(codes, n_clusters, restarts=5, seed=0, iterations=100):
 
 
 @torch.no_grad()
-def sample_positions(maps, transform, n_points=100_000, seed=0):
+def sample_positions(maps, transform, n_points=50_000, seed=0):
     """About n_points vectors at random positions of random maps: what k-means is fitted on.
 
     maps: (N, D, h, w). transform: applied to a batch of maps (float32), e.g. the head, or the identity. Returns
