@@ -89,7 +89,8 @@ def test_make_backbone_end_to_end(tmp_path):
     assert all(value.dtype == torch.float16 for value in state.values())
     student = stego.load_backbone(str(out))
     assert student(torch.zeros(1, 3, 128, 128)).shape == (1, 32, 16, 16)
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # from the cache: the same weights
+    # again, from the cache: the same weights
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and "teacher 16/16" not in again.stdout
     assert all(torch.equal(value, state[key]) for key, value in torch.load(out, weights_only=True).items())
 
