@@ -65,9 +65,8 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
     if gaussian_weight:
         kernels.append(_spatial_kernel(height, width, float(gaussian_std), float(gaussian_weight)))
     if bilateral_weight:
-        features = np.hstack([_positions(height, width) / np.float32(bilateral_xy_std),
-                              image.reshape(-1, 3)[:, ::-1] / np.float32(bilateral_rgb_std)])
-        kernels.append(_Kernel(features, bilateral_weight))
+        kernels.append(_bilateral_kernel(image.tobytes(), height, width, float(bilateral_xy_std), float(bilateral_rgb_std),
+                                         float(bilateral_weight)))
     *scratch, messages = _buffers(kernels, n_classes)
 
     log_probs = np.log(np.clip(probs.astype(np.float32), 1e-5, 1)).reshape(n_classes, -1)
@@ -98,6 +97,13 @@ def _positions(height, width):
 @functools.lru_cache(maxsize=2)  # a data set has one image size, or few
 def _spatial_kernel(height, width, std, weight):
     return _Kernel(_positions(height, width) / np.float32(std), weight)
+
+
+@functools.lru_cache(maxsize=1)  # predictions of several probes for one image follow each other
+def _bilateral_kernel(pixels, height, width, xy_std, rgb_std, weight):
+    colour = np.frombuffer(pixels, np.uint8).reshape(-1, 3)[:, ::-1]  # BGR
+    features = np.hstack([_positions(height, width) / np.float32(xy_std), colour / np.float32(rgb_std)])
+    return _Kernel(features, weight)
 
 
 def _simplices(features):

@@ -120,12 +120,12 @@ def scores(confusion, assignment):
 # ---------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def kmeans(codes, n_clusters, restarts=10, seed=0, iterations=100):
+def kmeans(codes, n_clusters, restarts=20, seed=0, iterations=100):
     """Spherical k-means: unit centroids that maximise mean_n max_k cos(code_n, centroid_k), best of some restarts.
 
     codes: (N, C), any length. Each restart begins with greedy k-means++ (Arthur, Vassilvitskii 2007); an empty cluster
-    continues at the code that fits worst. Restarts matter: about half of the single runs on the embedded scenes end in
-    an optimum that is 10 points of mIoU worse, and shows it in the objective. Deterministic per seed. Returns
+    continues at the code that fits worst. Restarts matter: most single runs on the embedded scenes end in an optimum
+    that is up to 10 points of mIoU worse, and shows it in the objective. Deterministic per seed. Returns
     (n_clusters, C). Raises ValueError where there are fewer codes than clusters.
     """
     if not 1 <= n_clusters <= len(codes):
@@ -207,9 +207,9 @@ def log_probabilities(probe, maps, size):
     return logits.log_softmax(1)
 
 
-def crf_labels(image, probabilities):
-    """argmax of dense_crf as (H, W) uint8. image: (H, W, 3) uint8, probabilities: (n, H, W)."""
-    return dense_crf(image, probabilities).argmax(0).astype(np.uint8)
+def crf_labels(image, predictions):
+    """argmax of dense_crf, (H, W) uint8, for each of several probabilities (n, H, W) of one image (H, W, 3) uint8."""
+    return [dense_crf(image, probabilities).argmax(0).astype(np.uint8) for probabilities in predictions]
 
 
 def crf_pool(workers):
@@ -233,8 +233,9 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
 
     def finish(entry):
         """Scores one image, once its CRFs are done."""
-        index, image, label, predictions = entry
-        predictions = {name: p if isinstance(p, np.ndarray) else p.result() for name, p in predictions.items()}
+        index, image, label, predictions, refined = entry
+        if crf:
+            predictions.update(zip((f"{name} + CRF" for name in probes), refined.result()))
         for name in names if collection.has_labels else ():
             probe = probes[name.removesuffix(" + CRF")][0]
             n_clusters = len(probe.centroids) if isinstance(probe, ClusterProbe) else probe.out_channels
@@ -250,13 +251,12 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
         for images, labels in tqdm(views, total=-(-len(collection) // batch_size), desc="evaluate", unit="batch"):
             maps = dict(zip(("features", "codes"), flip_averaged(model, data.normalize(images.to(device)))))
             for i in range(len(images)):
-                image, predictions = images[i].permute(1, 2, 0).numpy(), {}
-                for name, (probe, source) in probes.items():
-                    log_p = log_probabilities(probe, maps[source][i:i + 1], (size, size))[0]
-                    predictions[name] = log_p.argmax(0).byte().cpu().numpy()
-                    if crf:
-                        predictions[name + " + CRF"] = pool.submit(crf_labels, image, log_p.exp().cpu().numpy())
-                pending.append((index, image, labels[i].numpy(), predictions))
+                image = images[i].permute(1, 2, 0).numpy()
+                log_p = {name: log_probabilities(probe, maps[source][i:i + 1], (size, size))[0].cpu()
+                         for name, (probe, source) in probes.items()}
+                predictions = {name: value.argmax(0).byte().numpy() for name, value in log_p.items()}
+                refined = pool.submit(crf_labels, image, [value.exp().numpy() for value in log_p.values()]) if crf else None
+                pending.append((index, image, labels[i].numpy(), predictions, refined))
                 index += 1
             while len(pending) > 2 * batch_size:  # bounds the memory, and lets the CRFs run beside the next batch
                 finish(pending.pop(0))
