@@ -244,7 +244,9 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
         if index in wanted:
             samples.append({"image": image, "label": label if collection.has_labels else None, **predictions})
 
-    pool = crf_pool(workers) if crf else None
+    pool, threads = crf_pool(workers) if crf else None, torch.get_num_threads()
+    if crf:
+        torch.set_num_threads(max(1, threads - workers))  # the CRF processes have the other cores
     try:
         index = 0
         views = data.batches(data.Views(collection, size), batch_size, workers)
@@ -263,6 +265,7 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
         for entry in pending:
             finish(entry)
     finally:
+        torch.set_num_threads(threads)
         if pool:
             pool.shutdown(cancel_futures=True)
     return confusions, samples

@@ -42,7 +42,7 @@ BACKBONES = {  # name -> address or file of the weights
 PRESETS = {
     "scenes": dict(
         dataset="scenes", backbone="vit_tiny_scenes", resolution=128, eval_resolution=128, crop="none",
-        code_dim=70, batch_size=16, steps=500, center=False,
+        code_dim=70, batch_size=16, steps=400, center=False,
         lambda_self=1.0, lambda_knn=0.577453483136995, lambda_rand=0.9058762625226623,  # Cityscapes ViT-B's, as below:
         b_self=0.45828472207, b_knn=0.1754346515479633, b_rand=0.31361241889448443),  # the best of six on the dev split
     "cocostuff27-vitb8": dict(
