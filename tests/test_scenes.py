@@ -1,17 +1,15 @@
 """The procedural scenes and the script that distils the default backbone from them."""
 import hashlib
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-sys.path[:0] = [ROOT, os.path.join(ROOT, "assets")]
-import scenes  # noqa: E402
-import stego  # noqa: E402
+import stego
+from assets import scenes
 
 COUNT = 150
 
@@ -95,14 +93,11 @@ def test_make_backbone_end_to_end(tmp_path):
     assert all(torch.equal(value, state[key]) for key, value in torch.load(out, weights_only=True).items())
 
 
-WEIGHTS = os.path.join(ROOT, "assets", "vit_tiny_scenes.pth")
-
-
-@pytest.mark.skipif(not os.path.exists(WEIGHTS), reason="weights not made yet")
 def test_the_weights_that_are_shipped():
-    assert os.path.getsize(WEIGHTS) <= 4_000_000
-    state = torch.load(WEIGHTS, weights_only=True)
+    path = stego.BACKBONES["vit_tiny_scenes"]
+    assert path.stat().st_size <= 4_000_000
+    state = torch.load(path, weights_only=True)
     assert all(torch.is_tensor(value) and value.dtype == torch.float16 for value in state.values())
     assert all(value.isfinite().all() for value in state.values())
-    backbone = stego.load_backbone(WEIGHTS)
+    backbone = stego.load_backbone("vit_tiny_scenes")
     assert (backbone.patch_size, backbone.embed_dim, backbone.num_heads) == (8, 192, 3)
