@@ -661,7 +661,8 @@ def main():
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the backbone's matrix products (default: bfloat16 where the device has it)")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images and run CRFs")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
+                        help="processes that decode images and run CRFs")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="only print a table of these runs' scores, mean and "
                         "standard deviation over runs that differ in their seed alone")
     args = parser.parse_args()

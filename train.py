@@ -88,7 +88,8 @@ def parse_args():
     group.add_argument("--seed", type=int, help="of weights, batches, points and k-means (default 0)")
     group.add_argument("--crf", action=switch, help="evaluate with the CRF too (default); it takes most of that time")
     group.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
-    group.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images and run CRFs")
+    group.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
+                       help="processes that decode images and run CRFs")
     group.add_argument("--checkpoint-every", type=int, default=500, help="steps between checkpoints (default 500)")
     group.add_argument("--log-every", type=int, default=20, help="steps between lines of log.jsonl (default 20)")
     given = vars(parser.parse_args())
@@ -172,7 +173,8 @@ def main():
     folder = run_folder(options.name, config["dataset"], options.resume)
     if options.resume:
         config = json.loads((folder / "config.json").read_text())
-        different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items() if config.get(key) != value]
+        different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items()
+                     if config.get(key) != value]
         if different:
             raise InputError(f"--resume: {folder} was started with other settings: {', '.join(different)}")
     check(config)

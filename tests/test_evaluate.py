@@ -188,8 +188,9 @@ def test_photos_of_any_size_are_segmented_at_their_own_size(model, width, height
 
 def test_predicted_folder_keeps_names_sizes_and_colours(model, tmp_path):
     for name, size in (("a.jpg", (50, 40)), ("sub/b.png", (33, 71))):
-        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size[::-1], 3), np.uint8)).save(tmp_path / "photos" / name)
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size[::-1], 3), np.uint8)).save(path)
     palette, out = data.class_palette(5), tmp_path / "out"
     names = [f"cluster {k}" for k in range(5)]
     assert evaluate.predict_folder(model, model.refit_probe, tmp_path / "photos", out, 32, palette, names, crf=False) == 2
