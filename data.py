@@ -63,7 +63,8 @@ def read_label(path, n_classes):
 class Directory:
     """imgs/{train,val}/*, optional labels/{train,val}/*.png paired by stem and classes.txt; or a folder of images, or one.
 
-    n_classes defaults to the lines of classes.txt. Where there is no imgs/val, "val" is the training images again.
+    n_classes defaults to the lines of classes.txt. Where there is no imgs/val, "val" is the training images again;
+    split None is every image below root, without labels.
     """
 
     def __init__(self, root, split, n_classes=None):
@@ -73,8 +74,9 @@ class Directory:
         folder, labels = root, None
         if root.is_file():
             folder = root.parent
-        elif (root / "imgs").is_dir():
-            split = split if (root / "imgs" / split).is_dir() else "train"
+        elif split and (root / "imgs").is_dir():
+            if split == "val" and not (root / "imgs/val").is_dir():
+                split = "train"
             folder, labels = root / "imgs" / split, root / "labels" / split
         files = [root] if root.is_file() else sorted(folder.rglob("*"))
         self.images = [path for path in files if path.suffix.lower() in SUFFIXES and path.is_file()]

@@ -401,7 +401,7 @@ def predict_folder(model, probe, folder, out, size, palette, names, crf=True):
     folder, out = Path(folder), Path(out)
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"--out {out} lies inside {folder}: the next run would segment its pictures")
-    photos, thumbnails = data.Directory(folder, "predict", n_classes=1), []
+    photos, thumbnails = data.Directory(folder, None, n_classes=1), []
     for i in tqdm(range(len(photos)), desc="predict", unit="image"):
         image = photos.image(i)
         target = out / photos.images[i].relative_to(photos.folder).with_suffix(".png")
@@ -693,6 +693,7 @@ def main():
         return
     collection = data.load_collection(args.dataset or config["dataset"], args.data_root or config["data_root"],
                                       args.split, config["num_classes"])
+    print(f"{len(collection)} images of {collection.root}, split {collection.split}")
     confusions, samples = evaluate(model, collection, size, probes, args.crf, workers=args.workers)
     out = args.out or path.parent / f"eval-{args.split}"
     report(out, confusions, samples, collection, probes, prediction)

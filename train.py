@@ -1,6 +1,6 @@
 """Train STEGO: frozen features once, a small head on their correspondences, clusters, scores and pictures.
 
-    python train.py                                                     # the embedded scenes, offline, a minute
+    python train.py                                                     # the embedded scenes, offline
     python train.py --dataset directory --data-root photos --num-classes 20           # a folder of your own images
     python train.py --preset cocostuff27-vits8 --dataset directory --data-root coco   # the paper's settings
     python train.py --name mine --resume                                # go on with runs/mine after it was stopped

@@ -116,7 +116,13 @@ def test_without_val_the_training_images_are_evaluated(folder):
     assert val.split == "train" and len(val) == 3 and val.has_labels
 
 
+def test_without_a_split_every_image_counts(folder):
+    assert len(data.Directory(folder, None, 4)) == 3 + 1 + 3  # the labels are pictures too
+
+
 def test_directory_says_what_is_wrong(folder):
+    with pytest.raises(stego.InputError, match="imgs/test: no images"):
+        data.Directory(folder, "test", 4)
     with pytest.raises(stego.InputError, match="no such folder"):
         data.Directory(folder / "nowhere", "train", 4)
     with pytest.raises(stego.InputError, match="--num-classes"):
