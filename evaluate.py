@@ -336,13 +336,13 @@ def compare(folders):
     settings = [json.loads(key) for key in groups]
     differing = [name for name in settings[0] if len({str(config.get(name)) for config in settings}) > 1]
     rows = [RAW, ONLINE, REFIT, f"{REFIT} + CRF", LINEAR]
-    print("mIoU".ljust(40) + "seeds" + "".join(f"{name:>24}" for name in rows))
+    print("mIoU:" + "".join(f"{name:>24}" for name in rows) + "  seeds, and how these runs differ from the others")
     for config, runs in zip(settings, groups.values()):
-        line = ", ".join(f"{name} {config.get(name)}" for name in differing).ljust(40) + f"{len(runs):5}"
+        line = " " * 5
         for name in rows:
             values = [run[name]["miou"] for run in runs if name in run]
             line += f"{np.mean(values):16.1f} +- {np.std(values, ddof=len(values) > 1):4.1f}" if values else " " * 24
-        print(line)
+        print(line + f"  {len(runs):5}  " + ", ".join(f"{name} {config.get(name)}" for name in differing))
 
 
 def cluster_names(assignment, names, order):
