@@ -143,7 +143,23 @@ def kill_when(process, condition):
     process.wait()
 
 
-def test_a_run_killed_while_it_extracts_and_while_it_trains_ends_like_an_undisturbed_one(workplace):
+DIE_WHILE_A_CHECKPOINT_IS_WRITTEN = f"""
+import os, signal, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import train
+save = torch.save
+def die_half_way(value, path):
+    save(value, path)
+    if value["training"]["step"] == 280:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = die_half_way
+sys.argv = ["train.py", "--resume", "--name", "t", "--checkpoint-every", "20"]
+train.main()
+"""
+
+
+def test_a_run_killed_while_it_extracts_trains_and_saves_ends_like_an_undisturbed_one(workplace):
     """All in processes of their own, as a user's are: what other tests did to this one's threads changes roundings."""
     settings = ["--data-root", "images", "--no-crf", *SMALL, "--steps", "300", "--checkpoint-every", "20"]
     assert run("train.py", *settings, "--name", "undisturbed", "--cache-dir", "other").returncode == 0
@@ -152,8 +168,10 @@ def test_a_run_killed_while_it_extracts_and_while_it_trains_ends_like_an_undistu
     kill_when(start(*settings, "--name", "t"), lambda: list(cache.glob("*.partial")))
     assert not (folder / "checkpoint.pt").exists()
     kill_when(start("--resume", "--name", "t", "--checkpoint-every", "20"), (folder / "checkpoint.pt").exists)
-    step = torch.load(folder / "checkpoint.pt", weights_only=True)["training"]["step"]
-    assert 0 < step < 300
+    step = lambda: torch.load(folder / "checkpoint.pt", weights_only=True)["training"]["step"]
+    assert 0 < step() < 280
+    assert subprocess.run([sys.executable, "-c", DIE_WHILE_A_CHECKPOINT_IS_WRITTEN], capture_output=True).returncode == -9
+    assert step() == 260
     assert run("train.py", "--resume", "--name", "t").returncode == 0
 
     resumed, undisturbed = weights(folder), weights(workplace / "runs/undisturbed")
