@@ -23,7 +23,7 @@ from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 from assets import scenes
-from stego import InputError, frozen_features
+from stego import InputError, frozen_features, replacing
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every DINO model expects
 RESIZE = InterpolationMode.NEAREST  # as the authors' code, utils.py:176-180, images too: their checkpoints saw this
@@ -83,9 +83,9 @@ class Directory:
         if not self.images:
             raise InputError(f"{folder}: no images ({' '.join(sorted(SUFFIXES))})")
         stems = [path.relative_to(folder).with_suffix("") for path in self.images]
-        for a, b, path in zip(stems, stems[1:], self.images):
-            if a == b:
-                raise InputError(f"{path}: another image has the same name up to its ending; rename one")
+        if len(set(stems)) < len(stems):
+            path = next(path for i, path in enumerate(self.images) if stems[i] in stems[:i])
+            raise InputError(f"{path}: another image has the same name up to its ending; rename one")
         label_of = {} if labels is None else {path.relative_to(labels).with_suffix(""): path
                                               for path in labels.rglob("*.png")}
         self.labels = [label_of.get(stem) for stem in stems]
@@ -339,9 +339,8 @@ def _images_done(partial):
 
 def write_text(path, text):
     """Writes a text file that never exists half-written."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text)
 
 
 @torch.no_grad()
@@ -368,8 +367,7 @@ def cached_neighbors(features, k, device="cpu"):
     """nearest_neighbors of the features' vectors, computed once and kept beside them."""
     path = features.folder / f"neighbors_{k}.npy"
     if not path.is_file():
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            np.save(file, nearest_neighbors(features.vectors.to(device), k).numpy())
-        os.replace(temporary, path)
+        neighbors = nearest_neighbors(features.vectors.to(device), k).numpy()
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, neighbors)
     return open_map(path)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 from crf import dense_crf
-from stego import ClusterProbe, InputError, load_checkpoint
+from stego import ClusterProbe, InputError, load_checkpoint, replacing
 
 RAW, ONLINE, REFIT, LINEAR = "k-means on features", "cluster probe", "k-means on codes", "linear probe"  # table rows
 
@@ -159,20 +159,19 @@ def kmeans(codes, n_clusters, restarts=20, seed=0, iterations=100):
 
 
 @torch.no_grad()
-def sample_positions(maps, transform, n_points=50_000, seed=0):
+def sample_positions(maps, n_points=50_000, seed=0):
     """About n_points vectors at random positions of random maps: what k-means is fitted on.
 
-    maps: (N, D, h, w). transform: applied to a batch of maps (float32), e.g. the head, or the identity. Returns
-    (n, C) on the transform's device.
+    maps: (N, D, h, w). Returns (n, D) float32.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(maps), generator=generator)[:2000].sort().values  # enough maps, and quick to read
     per_map = min(maps[0, 0].numel(), -(-n_points // len(chosen)))
     points = []
     for indices in chosen.split(32):
-        codes = transform(maps[indices].float()).flatten(2).transpose(1, 2)  # (n, h w, C)
-        positions = torch.rand(codes.shape[:2], generator=generator).argsort(1)[:, :per_map].to(codes.device)
-        points.append(codes.gather(1, positions[..., None].expand(-1, -1, codes.shape[2])).flatten(0, 1))
+        vectors = maps[indices].float().flatten(2).transpose(1, 2)  # (n, h w, D)
+        positions = torch.rand(vectors.shape[:2], generator=generator).argsort(1)[:, :per_map]
+        points.append(vectors.gather(1, positions[..., None].expand(-1, -1, vectors.shape[2])).flatten(0, 1))
     return torch.cat(points)
 
 
@@ -426,9 +425,8 @@ def predict_folder(model, probe, folder, out, size, palette, names, crf=True):
 
 def save_picture(image, path):
     """Writes a PIL image, PNG or JPEG by the ending of `path`, so that it never exists half-written."""
-    temporary = f"{path}.tmp"
-    image.save(temporary, format="JPEG" if Path(path).suffix == ".jpg" else "PNG", quality=90)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        image.save(temporary, format="JPEG" if Path(path).suffix == ".jpg" else "PNG", quality=90)
 
 
 def _fit(texts, width, size):

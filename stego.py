@@ -16,6 +16,7 @@ head is trained so that two points have similar codes where their features corre
 
 "As the authors' code" refers to github.com/mhamilton723/STEGO at commit eb4d6b5, below src/.
 """
+import contextlib
 import os
 import pickle
 import urllib.error
@@ -436,17 +437,19 @@ class Stego(nn.Module):
 # Checkpoints: one file that needs nothing else, the backbone and the configuration included
 # ---------------------------------------------------------------------------------------------------------------
 
-def save_atomically(value, path):
-    """torch.save that never leaves a half-written file under `path`."""
+@contextlib.contextmanager
+def replacing(path):
+    """Gives a temporary name to write to, and then puts that file in the place of `path`: never half-written there."""
     temporary = f"{path}.tmp"
-    torch.save(value, temporary)
+    yield temporary
     os.replace(temporary, path)
 
 
 def save_checkpoint(path, model, config, **training):
     """Writes model, config (a dict of plain values) and whatever training state a resumed run needs, atomically."""
-    save_atomically({"format": "stego 1", "config": config, "model": model.state_dict(), "facet": model.facet,
-                     "num_heads": model.backbone.num_heads, "dropout": model.head.dropout.p, "training": training}, path)
+    with replacing(path) as temporary:
+        torch.save({"format": "stego 1", "config": config, "model": model.state_dict(), "facet": model.facet,
+                    "num_heads": model.backbone.num_heads, "dropout": model.head.dropout.p, "training": training}, temporary)
 
 
 def load_checkpoint(path, device="cpu"):

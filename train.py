@@ -9,6 +9,7 @@ Everything goes into runs/<name>/: config.json, log.jsonl, losses.png, checkpoin
 confusion.png. Features go into --cache-dir, where every later run with the same images and backbone finds them.
 """
 import argparse
+import functools
 import json
 import os
 import textwrap
@@ -142,14 +143,18 @@ def check(config):
         raise InputError(f"--dropout must be in [0, 1), it is {config['dropout']}")
 
 
+@functools.lru_cache(maxsize=1)  # one permutation serves all steps of its epoch
+def epoch_order(epoch, n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
 def batch_of(step, n, batch_size, seed):
     """Indices of the batch of one step: epoch after epoch, each a fresh permutation that drops what fills no batch.
 
     A function of seed and step alone, so that a resumed run needs no stored sampler.
     """
     epoch, position = divmod(step, n // batch_size)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order[position * batch_size:(position + 1) * batch_size]
+    return epoch_order(epoch, n, seed)[position * batch_size:(position + 1) * batch_size]
 
 
 def linear_probe_loss(logits, labels):
@@ -275,10 +280,11 @@ def main():
     stage_done("training")
 
     # ---- clusters from the finished codes, and from the raw features for comparison ----
-    codes = evaluate.sample_positions(features.maps, lambda maps: model.head(maps.to(device)), seed=config["seed"])
+    points = evaluate.sample_positions(features.maps, seed=config["seed"]).to(device)  # (n, D)
+    with torch.no_grad():
+        codes = model.head(points[:, :, None, None]).flatten(1)  # the head is 1x1: each position stands alone
     model.refit_probe = evaluate.fitted_probe(codes, config["num_clusters"], config["seed"])
-    raw = evaluate.sample_positions(features.maps, lambda maps: maps.to(device), seed=config["seed"])
-    raw_probe = evaluate.fitted_probe(raw, config["num_clusters"], config["seed"])
+    raw_probe = evaluate.fitted_probe(points, config["num_clusters"], config["seed"])
     save(config["steps"])
     stage_done("clusters")
 

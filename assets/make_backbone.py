@@ -38,11 +38,12 @@ import torch.nn.functional as nnf
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))  # stego.py is one folder up
 import stego  # noqa: E402
-from scenes import SIZE, VERSION, draw_scene  # noqa: E402
+from assets.scenes import SIZE, VERSION, draw_scene  # noqa: E402
+from data import IMAGE_MEAN, IMAGE_STD  # noqa: E402
 
 PATCH = 8
 SIDE = SIZE // PATCH  # patches along a side, the same for teacher and student
-MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
 
 
 def draw_and_describe(teacher, count, folder, batch=32):
@@ -66,9 +67,8 @@ def draw_and_describe(teacher, count, folder, batch=32):
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             z = teacher((x - MEAN) / STD)  # (n, D, 16, 16)
         features[i:stop] = z.flatten(2).transpose(1, 2).to(torch.float16).numpy()
-        with open(progress + ".new", "w") as file:
+        with stego.replacing(progress) as temporary, open(temporary, "w") as file:
             file.write(str(stop))
-        os.replace(progress + ".new", progress)
         if stop == count or i // batch % 20 == 0:
             print(f"teacher {stop}/{count} scenes, {(stop - first) / (time.time() - start):.1f} a second", flush=True)
     return images, features
@@ -104,8 +104,8 @@ def augment(x, target, generator):
 
 def save(student, path):
     """Float16 tensors under DINO's names, in place at once or not at all."""
-    torch.save({key: value.half() for key, value in student.state_dict().items()}, path + ".new")
-    os.replace(path + ".new", path)
+    with stego.replacing(path) as temporary:
+        torch.save({key: value.half() for key, value in student.state_dict().items()}, temporary)
 
 
 def distil(student, images, features, args):

@@ -128,6 +128,7 @@ def test_directory_says_what_is_wrong(folder):
     with pytest.raises(stego.InputError, match="--num-classes"):
         data.Directory(folder, "train")
     save_image(folder / "imgs/train/a.jpg")
+    save_image(folder / "imgs/train/a.k.jpg")  # sorts between the two that clash
     with pytest.raises(stego.InputError, match="same name"):
         data.Directory(folder, "train", 4)
     (folder / "empty").mkdir()

@@ -141,7 +141,7 @@ def test_kmeans_fills_every_cluster_and_survives_identical_codes():
 
 def test_sampled_positions_are_positions_of_the_maps():
     maps = torch.randn(10, 3, 4, 5).half()
-    points = evaluate.sample_positions(maps, lambda x: x, n_points=60)
+    points = evaluate.sample_positions(maps, n_points=60)
     everything = {tuple(v) for v in maps.float().permute(0, 2, 3, 1).reshape(-1, 3).tolist()}
     assert len(points) == 60 and len({tuple(v) for v in points.tolist()} & everything) == 60
 
