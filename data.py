@@ -4,18 +4,22 @@ The backbone is frozen and a view of an image never changes, so every feature is
 fills a float16 memory map and training only reads it. One image has one view (centre crop) or five (five-crop).
 """
 import colorsys
+import datetime
 import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as nnf
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
@@ -29,6 +33,36 @@ IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 RESIZE = InterpolationMode.NEAREST  # as the authors' code, utils.py:176-180, images too: their checkpoints saw this
 VOID = 255  # label of pixels that are neither taught nor scored
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several processes: torchrun --nproc_per_node=K train.py
+# ---------------------------------------------------------------------------------------------------------------
+
+def join_processes():
+    """Joins the processes that torchrun started, if it did: one GPU each, or the CPU."""
+    if dist.is_torchelastic_launched():
+        if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # The first process may work alone for long, on k-means or pictures, while the others wait.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=datetime.timedelta(days=1))
+        if dist.get_rank():  # the first speaks for all
+            sys.stdout = open(os.devnull, "w")
+
+
+def process():
+    """(number of this process, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gathered(value):
+    """The `value` of every process, in order; waits for all of them."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -238,12 +272,17 @@ class Views(torch.utils.data.Dataset):
                 torch.cat([TF.pil_to_tensor(view) for view in views(label, self.size, self.crop)]))
 
 
+def raise_bad(items):
+    """Raises one InputError that names all bad files among items of a Views."""
+    bad = [str(item) for item in items if isinstance(item, InputError)]
+    if bad:
+        raise InputError("; ".join(bad))
+
+
 def batches(dataset, batch_size, workers):
     """(images, labels) of `batch_size` images of a Views at a time, decoded ahead in `workers` processes."""
     for items in torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers, collate_fn=list):
-        bad = [str(item) for item in items if isinstance(item, InputError)]
-        if bad:
-            raise InputError("; ".join(bad))
+        raise_bad(items)
         images, labels = zip(*items)
         yield torch.cat(images), torch.cat(labels)
 
@@ -253,17 +292,31 @@ def batches(dataset, batch_size, workers):
 # ---------------------------------------------------------------------------------------------------------------
 
 class Features(NamedTuple):
-    """Frozen features of every view. maps: (N, D, h, w) float16 and labels: (N, size, size) uint8 are memory maps,
-    vectors: (N, D) float32, the mean feature of each view. labels is None where the collection has none."""
-    maps: torch.Tensor
+    """Frozen features of every view. maps: (N, D, h, w) float16 and labels: (N, size, size) uint8 are memory maps, or
+    Live where those would not fit; vectors: (N, D) float32, the mean feature of each view. labels is None where the
+    collection has none."""
+    maps: "torch.Tensor | Live"
     vectors: torch.Tensor
-    labels: torch.Tensor | None
+    labels: "torch.Tensor | Live | None"
     folder: Path
+
+
+class Live:
+    """Stands for a memory map that would not fit: its rows are computed whenever they are read."""
+
+    def __init__(self, shape, rows):
+        self.shape, self.rows = shape, rows
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, indices):
+        return self.rows(indices.tolist())
 
 
 def cache_key(backbone, collection, size, crop, facet, bfloat16):
     """Names a feature cache: a change of the weights, the files (name, size, time), the view, ... changes it."""
-    digest = hashlib.sha256(json.dumps([1, collection.fingerprint(), size, crop, facet, bfloat16]).encode())
+    digest = hashlib.sha256(json.dumps([2, collection.fingerprint(), size, crop, facet, bfloat16]).encode())
     for name, tensor in backbone.state_dict().items():
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -276,65 +329,94 @@ def open_map(path):
         return torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
-@torch.no_grad()
 def extract_features(backbone, collection, size, crop="none", facet="token", bfloat16=False, cache_dir="cache",
-                     batch_size=32, workers=2, device="cpu"):
+                     mode="auto", cache_gb=100, batch_size=32, workers=2, device="cpu"):
     """Features of all views, from the cache where it has them. Item n is view n % v of image n // v.
 
+    mode: "cached" keeps the maps of all views; "live" keeps only their mean vectors and computes a map whenever it is
+    read; "auto" is cached if that takes no more than `cache_gb` (10^9 bytes) and the disk has room.
+
     Writes into `<cache_dir>/<key>.partial` and renames the folder when it is complete. A killed extraction goes on
-    after its last full batch. Raises InputError for bad images and a full disk.
+    with the images that are not done. Of several processes each extracts its share. Raises InputError for bad images
+    and a full disk.
     """
-    folder = Path(cache_dir) / cache_key(backbone, collection, size, crop, facet, bfloat16)
-    names = ("maps", "vectors", "labels") if collection.has_labels else ("maps", "vectors")
-    if not folder.is_dir():
-        n = len(collection) * (5 if crop == "five" else 1)
-        side = size // backbone.patch_size
-        shapes = dict(maps=((n, backbone.embed_dim, side, side), np.float16),
-                      vectors=((n, backbone.embed_dim), np.float32), labels=((n, size, size), np.uint8))
-        partial = folder.with_suffix(".partial")
-        done = _images_done(partial)
-        if done == 0:
+    rank, world = process()
+    n_views = 5 if crop == "five" else 1
+    n, D, side = len(collection) * n_views, backbone.embed_dim, size // backbone.patch_size
+    # maps channels last: as the ViT gives them, and several times faster to sample
+    layout = {"vectors": ((n, D), np.float32), "maps": ((n, side, side, D), np.float16)}
+    if collection.has_labels:
+        layout["labels"] = (n, size, size), np.uint8
+    cache_dir, key = Path(cache_dir), cache_key(backbone, collection, size, crop, facet, bfloat16)
+    if rank == 0:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        needed = sum(np.prod(shape, dtype=float) * np.dtype(dtype).itemsize for shape, dtype in layout.values()) / 1e9
+        free = shutil.disk_usage(cache_dir).free / 1e9
+        begun = (cache_dir / key).is_dir() or (cache_dir / f"{key}.partial").is_dir()
+        if mode == "auto" and not begun:
+            mode = "cached" if needed < min(cache_gb, free) else "live"
+            print(f"features {mode}: all would take {needed:.2f} GB, with {free:.0f} GB free and --cache-gb {cache_gb:g}")
+        elif mode != "live" and not begun and needed > free:
+            raise InputError(f"{cache_dir}: the features need {needed:.1f} GB and {free:.1f} GB are free; give another "
+                             "disk with --cache-dir, or --features live")
+    mode = gathered(mode)[0]
+    if mode == "live":
+        key, layout = f"{key}-vectors", {"vectors": layout["vectors"]}
+    folder, partial = cache_dir / key, cache_dir / f"{key}.partial"
+
+    if not gathered(folder.is_dir())[0]:
+        if rank == 0 and not (partial / "done.npy").is_file():
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            needed = sum(np.prod(shapes[name][0], dtype=float) * np.dtype(shapes[name][1]).itemsize for name in names)
-            free = shutil.disk_usage(partial).free
-            if needed > free:
-                raise InputError(f"{cache_dir}: the features need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-                                 "give another disk with --cache-dir")
-            out = {name: np.lib.format.open_memmap(partial / f"{name}.npy", "w+", shapes[name][1], shapes[name][0])
-                   for name in names}
-        else:
-            out = {name: np.load(partial / f"{name}.npy", mmap_mode="r+", allow_pickle=False) for name in names}
-        rest = torch.utils.data.Subset(Views(collection, size, crop), range(done, len(collection)))
-        saved = time.monotonic()
-        with tqdm(total=len(collection), initial=done, desc="features", unit="image") as bar:
-            for images, labels in batches(rest, batch_size, workers):
+            partial.mkdir()
+            for name, (shape, dtype) in layout.items():
+                np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)
+            with replacing(partial / "done.npy") as temporary, open(temporary, "wb") as file:
+                np.save(file, np.zeros(len(collection), bool))  # which images are on the disk
+        gathered(None)
+        out = {name: np.load(partial / f"{name}.npy", mmap_mode="r+", allow_pickle=False) for name in (*layout, "done")}
+        done = out.pop("done")
+        todo = gathered(np.flatnonzero(~done))[0][rank::world]
+        n_read, n_saved, saved = 0, 0, time.monotonic()
+        loader = batches(torch.utils.data.Subset(Views(collection, size, crop), todo), batch_size, workers)
+        with tqdm(total=len(collection), initial=int(done.sum()), desc="features", unit="image", disable=rank > 0) as bar:
+            for images, labels in loader:
                 maps = frozen_features(backbone, normalize(images.to(device)), facet, bfloat16)
-                start = done * n // len(collection)
-                rows = slice(start, start + len(images))
-                out["maps"][rows] = maps.half().cpu().numpy()
+                chosen = todo[n_read:n_read + len(images) // n_views]
+                rows = (chosen[:, None] * n_views + np.arange(n_views)).ravel()
                 out["vectors"][rows] = maps.mean((2, 3)).cpu().numpy()
-                if collection.has_labels:
+                if "maps" in out:
+                    out["maps"][rows] = maps.permute(0, 2, 3, 1).half().cpu().numpy()
+                if "labels" in out:
                     out["labels"][rows] = labels.numpy()
-                done += len(images) * len(collection) // n
-                bar.update(done - bar.n)
-                if time.monotonic() - saved > 5:
+                n_read += len(chosen)
+                bar.update(min(len(chosen) * world, bar.total - bar.n))
+                if time.monotonic() - saved > 5 or n_read == len(todo):
                     for array in out.values():
                         array.flush()
-                    write_text(partial / "done", str(done))
-                    saved = time.monotonic()
-        for array in out.values():
-            array.flush()
-        os.replace(partial, folder)
-    opened = {name: open_map(folder / f"{name}.npy") for name in names}
-    return Features(opened["maps"], opened["vectors"], opened.get("labels"), folder)
+                    done[todo[n_saved:n_read]] = True
+                    n_saved, saved = n_read, time.monotonic()
+        gathered(None)
+        if rank == 0:
+            (partial / "done.npy").unlink()
+            os.replace(partial, folder)
+        gathered(None)
 
+    opened = {name: open_map(folder / f"{name}.npy") for name in layout}
+    if mode != "live":
+        return Features(opened["maps"].permute(0, 3, 1, 2), opened["vectors"], opened.get("labels"), folder)
+    read = functools.lru_cache(maxsize=128)(Views(collection, size, crop).__getitem__)  # one decoding, image and label
+    pool = ThreadPoolExecutor(max(1, workers))
 
-def _images_done(partial):
-    try:
-        return int((partial / "done").read_text())
-    except (OSError, ValueError):
-        return 0
+    def view(n_part, indices):
+        items = list(pool.map(read, [n // n_views for n in indices]))
+        raise_bad(items)
+        return torch.stack([item[n_part][n % n_views] for item, n in zip(items, indices)])
+
+    def maps(indices):
+        return frozen_features(backbone, normalize(view(0, indices).to(device)), facet, bfloat16)
+
+    return Features(Live((n, D, side, side), maps), opened["vectors"],
+                    Live((n, size, size), functools.partial(view, 1)) if collection.has_labels else None, folder)
 
 
 def write_text(path, text):
@@ -344,8 +426,8 @@ def write_text(path, text):
 
 
 @torch.no_grad()
-def nearest_neighbors(vectors, k):
-    """The k nearest others of each vector by cosine, nearest first. (N, D) -> (N, k) int64.
+def nearest_neighbors(vectors, k, rows=slice(None)):
+    """The k nearest others of each vector by cosine, nearest first. (N, D) -> (N, k) int64, or only these `rows` of it.
 
     Works through blocks of rows, so the N x N similarities never exist together. Raises ValueError for k >= N.
     """
@@ -353,21 +435,24 @@ def nearest_neighbors(vectors, k):
     if not 1 <= k < n:
         raise ValueError(f"{k} neighbours of {n} vectors: k must be 1 to {n - 1}")
     vectors = nnf.normalize(vectors.float(), dim=1)
-    rows = max(1, 2 ** 25 // n)  # 128 MB of similarities at a time
-    neighbors = torch.empty(n, k, dtype=torch.int64)
-    for start in range(0, n, rows):
-        similarity = vectors[start:start + rows] @ vectors.T  # (rows, N)
-        own = torch.arange(len(similarity), device=vectors.device)
-        similarity[own, start + own] = -torch.inf
-        neighbors[start:start + rows] = similarity.topk(k, dim=1).indices.cpu()
-    return neighbors
+    neighbors = []
+    for block in torch.arange(*rows.indices(n), device=vectors.device).split(max(1, 2 ** 25 // n)):
+        similarity = vectors[block] @ vectors.T  # (rows, N), 128 MB at a time
+        similarity.scatter_(1, block[:, None], -torch.inf)  # the vector itself
+        neighbors.append(similarity.topk(k, dim=1).indices.cpu())
+    return torch.cat(neighbors)
 
 
 def cached_neighbors(features, k, device="cpu"):
-    """nearest_neighbors of the features' vectors, computed once and kept beside them."""
+    """nearest_neighbors of the features' vectors, computed once and kept beside them. Each process computes its rows."""
     path = features.folder / f"neighbors_{k}.npy"
-    if not path.is_file():
-        neighbors = nearest_neighbors(features.vectors.to(device), k).numpy()
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, neighbors)
+    if not gathered(path.is_file())[0]:
+        rank, world = process()
+        n = len(features.vectors)
+        rows = slice(n * rank // world, n * (rank + 1) // world)
+        neighbors = torch.cat(gathered(nearest_neighbors(features.vectors.to(device), k, rows)))
+        if rank == 0:
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, neighbors.numpy())
+        gathered(None)
     return open_map(path)

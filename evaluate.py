@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as nnf
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageDraw, ImageFont
@@ -223,11 +224,17 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
 
     probes: name -> (probe, "features" or "codes"), what it reads. Returns (confusions, samples): name -> confusion
     matrix, "<name> + CRF" likewise; samples: n_samples evenly spaced images as dicts of "image" (size, size, 3),
-    "label" (None without labels) and one uint8 map of clusters for every name.
+    "label" (None without labels) and one uint8 map of clusters for every name. Of several processes each takes its
+    share of the images, and all return the same.
     """
-    device = next(model.head.parameters()).device
+    device, (rank, world) = next(model.head.parameters()).device, data.process()
+    mine = range(rank, len(collection), world)
     names = [name + suffix for name in probes for suffix in ("", " + CRF")[:1 + crf]]
     confusions, samples, pending = {}, [], []
+    for name in names if collection.has_labels else ():
+        probe = probes[name.removesuffix(" + CRF")][0]
+        n_clusters = len(probe.centroids) if isinstance(probe, ClusterProbe) else probe.out_channels
+        confusions[name] = torch.zeros(n_clusters, collection.n_classes, dtype=torch.int64)
     wanted = set(np.linspace(0, len(collection) - 1, min(n_samples, len(collection))).round().astype(int).tolist())
 
     def finish(entry):
@@ -235,21 +242,19 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
         index, image, label, predictions, refined = entry
         if crf:
             predictions.update(zip((f"{name} + CRF" for name in probes), refined.result()))
-        for name in names if collection.has_labels else ():
-            probe = probes[name.removesuffix(" + CRF")][0]
-            n_clusters = len(probe.centroids) if isinstance(probe, ClusterProbe) else probe.out_channels
-            counts = confusion_matrix(predictions[name], label, n_clusters, collection.n_classes)
-            confusions[name] = confusions.get(name, 0) + counts
+        for name, confusion in confusions.items():
+            confusion += confusion_matrix(predictions[name], label, *confusion.shape)
         if index in wanted:
-            samples.append({"image": image, "label": label if collection.has_labels else None, **predictions})
+            label = label if collection.has_labels else None
+            samples.append({"index": index, "image": image, "label": label, **predictions})
 
     pool, threads = crf_pool(workers) if crf else None, torch.get_num_threads()
     if crf:
         torch.set_num_threads(max(1, threads - workers))  # the CRF processes have the other cores
     try:
-        index = 0
-        views = data.batches(data.Views(collection, size), batch_size, workers)
-        for images, labels in tqdm(views, total=-(-len(collection) // batch_size), desc="evaluate", unit="batch"):
+        indices = iter(mine)
+        views = data.batches(torch.utils.data.Subset(data.Views(collection, size), mine), batch_size, workers)
+        for images, labels in tqdm(views, total=-(-len(mine) // batch_size), desc="evaluate", unit="batch", disable=rank > 0):
             maps = dict(zip(("features", "codes"), flip_averaged(model, data.normalize(images.to(device)))))
             for i in range(len(images)):
                 image = images[i].permute(1, 2, 0).numpy()
@@ -257,8 +262,7 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
                          for name, (probe, source) in probes.items()}
                 predictions = {name: value.argmax(0).byte().numpy() for name, value in log_p.items()}
                 refined = pool.submit(crf_labels, image, [value.exp().numpy() for value in log_p.values()]) if crf else None
-                pending.append((index, image, labels[i].numpy(), predictions, refined))
-                index += 1
+                pending.append((next(indices), image, labels[i].numpy(), predictions, refined))
             while len(pending) > 2 * batch_size:  # bounds the memory, and lets the CRFs run beside the next batch
                 finish(pending.pop(0))
         for entry in pending:
@@ -267,7 +271,8 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
         torch.set_num_threads(threads)
         if pool:
             pool.shutdown(cancel_futures=True)
-    return confusions, samples
+    confusions = {name: sum(data.gathered(confusion)) for name, confusion in confusions.items()}
+    return confusions, sorted(sum(data.gathered(samples), []), key=lambda sample: sample["index"])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -631,6 +636,10 @@ def choose_precision(name, device):
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def default_workers():
+    return max(1, min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # set by torchrun
+
+
 def run(main):
     """main(), with a user's mistake as one sentence and exit status 2, and Ctrl-C as another and 130."""
     try:
@@ -641,6 +650,9 @@ def run(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def main():
@@ -659,8 +671,8 @@ def main():
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the backbone's matrix products (default: bfloat16 where the device has it)")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
-                        help="processes that decode images and run CRFs")
+    parser.add_argument("--workers", type=int, default=default_workers(),
+                        help="processes that decode images and run CRFs (default: one a core, at most 8)")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="only print a table of these runs' scores, mean and "
                         "standard deviation over runs that differ in their seed alone")
     args = parser.parse_args()
@@ -672,6 +684,8 @@ def main():
         raise InputError("give --checkpoint FILE, or --compare RUN RUN ...")
     path = Path(args.checkpoint)
     path = path / "checkpoint.pt" if path.is_dir() else path
+    data.join_processes()
+    rank, world = data.process()
     device = choose_device(args.device)
     model, config = load_checkpoint(path, device)
     model.bfloat16 = choose_precision(args.precision, device)
@@ -682,6 +696,8 @@ def main():
     if args.predict:
         if not args.out:
             raise InputError("--predict needs --out FOLDER for the results")
+        if world > 1:
+            raise InputError("--predict is for one process: start it without torchrun")
         # After training on labelled images the clusters of this probe have the names and colours of classes.
         n, named = len(probes[prediction][0].centroids), config.get("assignments", {}).get(prediction)
         names = cluster_names(named or [-1] * n, config.get("classes"), range(n))
@@ -693,6 +709,8 @@ def main():
                                       args.split, config["num_classes"])
     print(f"{len(collection)} images of {collection.root}, split {collection.split}")
     confusions, samples = evaluate(model, collection, size, probes, args.crf, workers=args.workers)
+    if rank:
+        return
     out = args.out or path.parent / f"eval-{args.split}"
     report(out, confusions, samples, collection, probes, prediction)
     print(f"scores and pictures are in {out}")

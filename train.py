@@ -4,6 +4,7 @@
     python train.py --dataset directory --data-root photos --num-classes 20           # a folder of your own images
     python train.py --preset cocostuff27-vits8 --dataset directory --data-root coco   # the paper's settings
     python train.py --name mine --resume                                # go on with runs/mine after it was stopped
+    torchrun --nproc_per_node=4 train.py ...                            # the same run on four GPUs, or processes
 
 Everything goes into runs/<name>/: config.json, log.jsonl, losses.png, checkpoint.pt, scores.json, panel.png and
 confusion.png. Features go into --cache-dir, where every later run with the same images and backbone finds them.
@@ -14,6 +15,7 @@ import json
 import os
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -58,6 +60,9 @@ def parse_args():
     group.add_argument("--eval-resolution", type=int, help="side of the evaluated views (default 320)")
     group.add_argument("--crop", choices=("none", "five"), help="five: each image gives its corners and centre at half "
                        "size, for collections of large or busy pictures (default none)")
+    group.add_argument("--features", choices=("auto", "cached", "live"), default="auto", help="cached: kept on disk, the "
+                       "backbone sees each view once; live: computed at every step; auto (default): cached if they fit")
+    group.add_argument("--cache-gb", type=float, default=100, help="gigabytes that auto may fill (default 100)")
     group.add_argument("--cache-dir", default="cache", help="where features are kept; they can be large (default cache)")
 
     group = parser.add_argument_group("model")
@@ -83,21 +88,21 @@ def parse_args():
     group.add_argument("--name", help="results go into runs/<name> (default: the data set's name, numbered)")
     group.add_argument("--resume", action="store_true", default=False, help="go on with the run of that name")
     group.add_argument("--steps", type=int, help="training steps (default 2000)")
-    group.add_argument("--batch-size", type=int, help="images in a step, each with a neighbour (default 16)")
+    group.add_argument("--batch-size", type=int, help="images in a step, each with a neighbour, over all processes (default 16)")
     group.add_argument("--lr", type=float, help="Adam's rate for the head (default 5e-4)")
     group.add_argument("--probe-lr", type=float, help="Adam's rate for the probes (default 5e-3)")
     group.add_argument("--seed", type=int, help="of weights, batches, points and k-means (default 0)")
     group.add_argument("--crf", action=switch, help="evaluate with the CRF too (default); it takes most of that time")
     group.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
-    group.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
-                       help="processes that decode images and run CRFs")
+    group.add_argument("--workers", type=int, default=evaluate.default_workers(),
+                       help="processes that decode images and run CRFs (default: one a core, at most 8)")
     group.add_argument("--checkpoint-every", type=int, default=500, help="steps between checkpoints (default 500)")
     group.add_argument("--log-every", type=int, default=20, help="steps between lines of log.jsonl (default 20)")
     given = vars(parser.parse_args())
     for key in ("data_root", "backbone"):  # a run can be resumed and evaluated from another folder
         if os.path.exists(given.get(key, "")) and given[key] not in BACKBONES:
             given[key] = os.path.abspath(given[key])
-    names = ("name", "resume", "cache_dir", "device", "workers", "checkpoint_every", "log_every")
+    names = "name resume features cache_gb cache_dir device workers checkpoint_every log_every".split()
     options = argparse.Namespace(**{name: given.pop(name, None) for name in names})
     return given, options
 
@@ -159,13 +164,40 @@ def batch_of(step, n, batch_size, seed):
 
 def linear_probe_loss(logits, labels):
     """Cross-entropy at the labels' resolution, void left out. logits: (N, n, h, w); labels: (N, H, W) uint8."""
-    logits = nnf.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
-    total = nnf.cross_entropy(logits, labels.long(), ignore_index=data.VOID, reduction="sum")
+    # Bilinear interpolation as two small matrix products, one image at a time: on a CPU three times faster than
+    # nnf.interpolate of the batch, and in less memory.
+    rows, columns = (nnf.interpolate(torch.eye(n, device=logits.device)[None], size, mode="linear")[0].T  # (size, n)
+                     for n, size in zip(logits.shape[2:], labels.shape[1:]))
+    total = sum(nnf.cross_entropy(rows @ image @ columns.T, label.long(), ignore_index=data.VOID, reduction="sum")
+                for image, label in zip(logits.split(1), labels.split(1)))
     return total / (labels != data.VOID).sum().clamp(min=1)  # a batch without labels costs 0, not NaN
+
+
+class Objective(torch.nn.Module):
+    """All that a step minimises, as one module: what DistributedDataParallel wraps."""
+
+    def __init__(self, model, lambdas, shifts, **switches):
+        super().__init__()
+        self.head, self.cluster_probe, self.linear_probe = model.head, model.cluster_probe, model.linear_probe
+        self.lambdas, self.shifts, self.switches = lambdas, shifts, switches
+
+    def forward(self, x, x_knn, labels):
+        """Features x, x_knn (N, D, h, w) and labels (N, H, W), which may be None -> (loss, its terms by name)."""
+        codes, codes_knn = self.head(x), self.head(x_knn)
+        # as the authors' code, modules.py:115-116: the loss compares features that went through the dropout too
+        loss, terms = stego_loss(self.head.dropout(x), self.head.dropout(x_knn), codes, codes_knn,
+                                 self.lambdas, self.shifts, **self.switches)
+        codes = codes.detach()  # the probes teach the head nothing
+        terms["cluster"] = self.cluster_probe.loss(codes)
+        if self.linear_probe:
+            terms["linear"] = linear_probe_loss(self.linear_probe(codes), labels)
+        return loss + terms["cluster"] + terms.get("linear", 0), terms
 
 
 def main():
     given, options = parse_args()
+    data.join_processes()
+    rank, world = data.process()
     seconds, started = {}, time.perf_counter()
 
     def stage_done(name):
@@ -175,7 +207,7 @@ def main():
 
     # ---- settings ----
     config = resolve(given)
-    folder = run_folder(options.name, config["dataset"], options.resume)
+    folder = data.gathered(run_folder(options.name, config["dataset"], options.resume))[0]
     if options.resume:
         config = json.loads((folder / "config.json").read_text())
         different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items()
@@ -194,18 +226,25 @@ def main():
     config["precision"] = "bfloat16" if bfloat16 else "float32"  # a resumed run keeps it, wherever it goes on
     config["num_classes"] = train.n_classes
     config["num_clusters"] = config["num_clusters"] or train.n_classes
-    folder.mkdir(parents=True, exist_ok=True)
-    data.write_text(folder / "config.json", json.dumps(config, indent=1))
-    print(textwrap.fill(f"{folder} on {device}: " + ", ".join(f"{key} {value}" for key, value in config.items()), 110))
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        data.write_text(folder / "config.json", json.dumps(config, indent=1))
+    print(textwrap.fill(f"{folder} on {device}{f' x {world} processes' * (world > 1)}: " + ", ".join(f"{key} {value}" for key, value in config.items()), 110))
     print(f"{len(train)} training images, {'labelled' if train.has_labels else 'no labels: clusters and pictures only'}; "
           f"{len(val)} images to evaluate" + " (the training images: there is no val)" * (val.split == "train"))
 
     # ---- every feature once ----
     features = data.extract_features(backbone, train, size, config["crop"], config["facet"], bfloat16, options.cache_dir,
-                                     workers=options.workers, device=device)
+                                     options.features, options.cache_gb, workers=options.workers, device=device)
     n, batch_size = len(features.maps), config["batch_size"]
     if batch_size > n:
         raise InputError(f"--batch-size {batch_size} is more than the {n} training views")
+    if batch_size % world or batch_size // world < 2:
+        raise InputError(f"--batch-size {batch_size} must be shared by {world} processes, at least 2 images each: the "
+                         "negatives are the other images of a process")
+    if (device.type == "cuda" and isinstance(features.maps, torch.Tensor)
+            and features.maps.nbytes < torch.cuda.mem_get_info(device)[0] / 2):
+        features = features._replace(maps=features.maps.to(device))  # then no step waits for disk or bus
     stage_done("features")
     k = min(config["neighbors"], n - 1)
     neighbors = data.cached_neighbors(features, k, device)
@@ -220,9 +259,11 @@ def main():
                   "cluster_probe": torch.optim.Adam(model.cluster_probe.parameters(), lr=config["probe_lr"])}
     if model.linear_probe:
         optimizers["linear_probe"] = torch.optim.Adam(model.linear_probe.parameters(), lr=config["probe_lr"])
-    lambdas = config["lambda_self"], config["lambda_knn"], config["lambda_rand"]
-    shifts = config["b_self"], config["b_knn"], config["b_rand"]
-    switches = {key: config[key] for key in ("center", "zero_clamp", "stabilize")}
+    objective = Objective(model, lambdas=(config["lambda_self"], config["lambda_knn"], config["lambda_rand"]),
+                          shifts=(config["b_self"], config["b_knn"], config["b_rand"]),
+                          **{key: config[key] for key in ("center", "zero_clamp", "stabilize")})
+    if world > 1:
+        objective = torch.nn.parallel.DistributedDataParallel(objective)  # averages the gradients
 
     # ---- resume ----
     checkpoint, log, first_step = folder / "checkpoint.pt", folder / "log.jsonl", 0
@@ -235,56 +276,62 @@ def main():
         print(f"resumed at step {first_step}")
     # What was logged after the checkpoint is done again; a kill may have cut the last line.
     lines = log.read_text().rpartition("\n")[0].splitlines() if log.is_file() else []
-    data.write_text(log, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= first_step))
+    if rank == 0:
+        data.write_text(log, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= first_step))
 
     def save(step):
-        save_checkpoint(checkpoint, model, config, step=step,
-                        optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()})
+        if rank == 0:
+            save_checkpoint(checkpoint, model, config, step=step,
+                            optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()})
 
-    # ---- the loop: reads features, never images ----
+    # ---- the loop: reads features, never images. Every random number is a function of seed and step ----
+    def read(step):
+        """The features of a batch and of its neighbours, and the labels: this process's share of the step."""
+        batch = batch_of(step, n, batch_size, config["seed"])
+        draw = torch.Generator().manual_seed(config["seed"] * 1_000_003 + step)
+        batch_knn = neighbors[batch, torch.randint(k, (batch_size,), generator=draw)]
+        mine = slice(rank, None, world)
+        read = [features.maps[batch[mine]], features.maps[batch_knn[mine]]]
+        read += [features.labels[batch[mine]]] if train.has_labels else []
+        return [tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor for tensor in read]
+
     model.head.train()
     recent = []  # losses since the last line of the log
-    bar = tqdm(range(first_step, config["steps"]), initial=first_step, total=config["steps"], desc="train", unit="step")
-    for step in bar:
-        torch.manual_seed(config["seed"] * 1_000_003 + step)  # every random number is a function of seed and step
-        batch = batch_of(step, n, batch_size, config["seed"])
-        batch_knn = neighbors[batch, torch.randint(k, (batch_size,))]
-        x, x_knn = (features.maps[indices].to(device).float() for indices in (batch, batch_knn))
+    bar = tqdm(range(first_step, config["steps"]), initial=first_step, total=config["steps"], desc="train", unit="step",
+               disable=rank > 0)
+    with ThreadPoolExecutor(1) as ahead:  # reads the next batch while a step is computed
+        following = ahead.submit(read, first_step)
+        for step in bar:
+            x, x_knn, *labels = (tensor.to(device, non_blocking=True) for tensor in following.result())
+            following = ahead.submit(read, step + 1)
+            torch.manual_seed((config["seed"] * 1_000_003 + step) * world + rank)
+            loss, terms = objective(x.float(), x_knn.float(), labels[0] if labels else None)
+            for optimizer in optimizers.values():
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in optimizers.values():
+                optimizer.step()
 
-        codes, codes_knn = model.head(x), model.head(x_knn)
-        # as the authors' code, modules.py:115-116: the loss compares features that went through the dropout too
-        loss, terms = stego_loss(model.head.dropout(x), model.head.dropout(x_knn), codes, codes_knn,
-                                 lambdas, shifts, **switches)
-        codes = codes.detach()  # the probes teach the head nothing
-        terms["cluster"] = model.cluster_probe.loss(codes)
-        if model.linear_probe:
-            terms["linear"] = linear_probe_loss(model.linear_probe(codes), features.labels[batch].to(device))
-        loss = loss + terms["cluster"] + terms.get("linear", 0)
-
-        for optimizer in optimizers.values():
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in optimizers.values():
-            optimizer.step()
-
-        recent.append({name: value.detach() for name, value in terms.items()})
-        if (step + 1) % options.log_every == 0:
-            means = {name: round(torch.stack([losses[name] for losses in recent]).mean().item(), 5) for name in terms}
-            bar.set_postfix(means)
-            with open(log, "a") as file:
-                file.write(json.dumps({"step": step + 1, **means}) + "\n")
-            recent = []
-        if (step + 1) % options.checkpoint_every == 0 and step + 1 < config["steps"]:
-            save(step + 1)
+            recent.append({name: value.detach() for name, value in terms.items()})
+            if (step + 1) % options.log_every == 0 and rank == 0:
+                means = {name: round(torch.stack([losses[name] for losses in recent]).mean().item(), 5) for name in terms}
+                bar.set_postfix(means)
+                with open(log, "a") as file:
+                    file.write(json.dumps({"step": step + 1, **means}) + "\n")
+                recent = []
+            if (step + 1) % options.checkpoint_every == 0 and step + 1 < config["steps"]:
+                save(step + 1)
     model.eval()
     stage_done("training")
 
     # ---- clusters from the finished codes, and from the raw features for comparison ----
-    points = evaluate.sample_positions(features.maps, seed=config["seed"]).to(device)  # (n, D)
-    with torch.no_grad():
-        codes = model.head(points[:, :, None, None]).flatten(1)  # the head is 1x1: each position stands alone
-    model.refit_probe = evaluate.fitted_probe(codes, config["num_clusters"], config["seed"])
-    raw_probe = evaluate.fitted_probe(points, config["num_clusters"], config["seed"])
+    fitted = None
+    if rank == 0:
+        points = evaluate.sample_positions(features.maps, seed=config["seed"]).to(device)  # (n, D)
+        with torch.no_grad():
+            codes = model.head(points[:, :, None, None]).flatten(1)  # the head is 1x1: each position stands alone
+        fitted = [evaluate.fitted_probe(vectors, config["num_clusters"], config["seed"]).cpu() for vectors in (codes, points)]
+    model.refit_probe, raw_probe = (probe.to(device) for probe in data.gathered(fitted)[0])
     save(config["steps"])
     stage_done("clusters")
 
@@ -293,6 +340,8 @@ def main():
     probes = {evaluate.RAW: (raw_probe, "features"), **own}
     confusions, samples = evaluate.evaluate(model, val, eval_size, probes, config["crf"], workers=options.workers)
     stage_done("evaluation")
+    if rank:
+        return
     summary = evaluate.report(folder, confusions, samples, val, probes, prediction, seconds)
     # Predictions on photos are painted and named like the classes that the clusters were matched to, if they were.
     config["classes"], config["palette"] = val.names, val.palette.tolist()
