@@ -167,7 +167,7 @@ def sample_positions(maps, n_points=50_000, seed=0):
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(maps), generator=generator)[:2000].sort().values  # enough maps, and quick to read
-    per_map = min(maps[0, 0].numel(), -(-n_points // len(chosen)))
+    per_map = min(maps.shape[2] * maps.shape[3], -(-n_points // len(chosen)))
     points = []
     for indices in chosen.split(32):
         vectors = maps[indices].float().flatten(2).transpose(1, 2)  # (n, h w, D)

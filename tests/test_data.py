@@ -200,6 +200,35 @@ def test_cached_features_equal_a_straight_pass(folder, backbone, crop, per_image
         assert torch.equal(features.labels[rows], labels)
 
 
+@pytest.mark.parametrize("crop", ["none", "five"])
+def test_live_features_are_those_of_the_cache_and_take_no_room(folder, backbone, crop, tmp_path):
+    train = data.Directory(folder, "train", 4)
+    cached, live = (data.extract_features(backbone, train, 16, crop, cache_dir=tmp_path / "cache", mode=mode, workers=1)
+                    for mode in ("cached", "live"))
+    some = torch.tensor([2, 0, 2, 1])
+    assert live.maps.shape == cached.maps.shape and len(live.maps) == len(cached.maps)
+    torch.testing.assert_close(live.maps[some], cached.maps[some].float(), rtol=1e-3, atol=1e-3)  # float16
+    assert torch.equal(live.labels[some], cached.labels[some]) and torch.equal(live.vectors, cached.vectors)
+    assert [path.name for path in live.folder.iterdir()] == ["vectors.npy"]
+
+
+def test_auto_keeps_the_maps_only_where_they_fit(folder, backbone, tmp_path, capsys):
+    train = data.Directory(folder, "train", 4)
+    extract = lambda name, gb: data.extract_features(backbone, train, 16, cache_dir=tmp_path / name, cache_gb=gb, workers=0)
+    assert isinstance(extract("small", 1e-9).maps, data.Live)
+    assert isinstance(extract("large", 1).maps, torch.Tensor)
+    assert isinstance(extract("large", 1e-9).maps, torch.Tensor)  # they are there already
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["features live", "features cached"]
+
+
+def test_a_file_that_breaks_after_the_extraction_is_named(folder, backbone, tmp_path):
+    train = data.Directory(folder, "train", 4)
+    live = data.extract_features(backbone, train, 16, cache_dir=tmp_path / "cache", mode="live", workers=1)
+    train.images[1].write_bytes(b"")
+    with pytest.raises(stego.InputError, match=train.images[1].name):
+        live.maps[torch.tensor([0, 1])]
+
+
 def test_the_second_run_reads_no_image(folder, backbone, tmp_path, monkeypatch):
     train = data.Directory(folder, "train", 4)
     first = data.extract_features(backbone, train, 16, cache_dir=tmp_path / "cache", workers=0)
@@ -255,6 +284,12 @@ def test_nearest_neighbors_do_not_depend_on_the_blocks():
         similarity = nnf.cosine_similarity(vectors[i:i + 1], vectors)
         similarity[i] = -2
         assert few[i].tolist() == similarity.topk(3).indices.tolist()
+
+
+def test_rows_of_nearest_neighbors_are_rows_of_all():
+    vectors = torch.randn(50, 8)
+    parts = [data.nearest_neighbors(vectors, 3, slice(start, stop)) for start, stop in ((0, 17), (17, 50), (50, 50))]
+    assert torch.equal(torch.cat(parts), data.nearest_neighbors(vectors, 3))
 
 
 @pytest.mark.parametrize("k", [0, 5, 6])

@@ -98,6 +98,14 @@ def test_five_crops_and_keys(workplace, monkeypatch):
     assert len(data.open_map(next(workplace.glob("cache/*/maps.npy")))) == 60
 
 
+def test_live_features_give_the_losses_of_cached_ones(workplace, monkeypatch):
+    for mode in ("cached", "live"):
+        train_here(monkeypatch, "--data-root", "images", "--name", mode, "--no-crf", "--features", mode, *SMALL)
+    cached, live = ([json.loads(line) for line in (workplace / f"runs/{mode}/log.jsonl").read_text().splitlines()]
+                    for mode in ("cached", "live"))
+    assert len(live) == 3 and all(row == pytest.approx(other, abs=2e-3) for row, other in zip(live, cached))
+
+
 def test_the_same_command_gives_the_same_weights_and_another_seed_others(workplace, monkeypatch, capsys):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         train_here(monkeypatch, "--data-root", "images", "--name", name, "--no-crf", "--seed", seed, *SMALL)
@@ -124,6 +132,54 @@ def test_the_probes_teach_the_head_nothing(workplace, monkeypatch):
     for name in before:
         changed = not torch.equal(before[name], after[name])
         assert changed == name.startswith(("cluster_probe", "linear_probe")), name
+
+
+# ---- several processes ----
+
+TRAIN_AND_TELL = f"""
+import os, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import evaluate, train
+evaluate_once = evaluate.evaluate
+def tell(model, *arguments, **options):
+    confusions, samples = evaluate_once(model, *arguments, **options)
+    torch.save((model.state_dict(), confusions, len(samples)), f"told{{os.environ['RANK']}}.pt")
+    return confusions, samples
+evaluate.evaluate = tell
+evaluate.run(train.main)
+"""
+
+
+def torchrun(*arguments):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments],
+                          capture_output=True, text=True)
+
+
+def test_two_processes_share_the_work_and_end_with_one_model(workplace, monkeypatch):
+    (workplace / "tell.py").write_text(TRAIN_AND_TELL)
+    result = torchrun("tell.py", "--data-root", "images", "--name", "t", "--no-crf", *SMALL)
+    assert result.returncode == 0, result.stderr
+    (first, confusions, n_samples), (second, others, _) = (torch.load(f"told{rank}.pt") for rank in (0, 1))
+    for one, other in ((first, second), (confusions, others)):
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert n_samples == 2
+    assert result.stdout.count("scores, pictures and checkpoint.pt are in") == 1
+
+    # The checkpoint evaluated by one process; the features extracted and the neighbours found by one.
+    model, _ = stego.load_checkpoint("runs/t/checkpoint.pt")
+    probes, _ = train.evaluate.model_probes(model)
+    alone, _ = train.evaluate.evaluate(model, data.Directory("images", "val", 3), 32, probes, crf=False, workers=0)
+    assert all(torch.equal(alone[name], confusions[name]) for name in alone)
+    shared = next(workplace.glob("cache/*"))
+    train_here(monkeypatch, "--data-root", "images", "--name", "one", "--no-crf", "--cache-dir", "other", *SMALL)
+    for name in ("maps", "vectors", "labels", "neighbors_7"):
+        a, b = (data.open_map(folder / f"{name}.npy") for folder in (shared, workplace / "other" / shared.name))
+        torch.testing.assert_close(a.float(), b.float())
+
+
+def test_two_processes_with_a_batch_that_cannot_be_shared(workplace):
+    result = torchrun(ROOT / "train.py", "--data-root", "images", *SMALL, "--batch-size", "3")
+    assert result.returncode != 0 and "error: --batch-size 3 must be shared by 2 processes" in result.stderr
 
 
 # ---- interruption ----
