@@ -12,6 +12,7 @@ from test_data import save_image, save_label
 
 import data
 import stego
+import train
 
 ALL_IDS = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -305,3 +306,27 @@ def test_the_classes_are_the_data_sets_own(coco):
     for dataset, root in (("cocostuff27", coco), ("scenes", None)):
         with pytest.raises(stego.InputError, match=f"{dataset} has .* classes, not 5"):
             data.load_collection(dataset, root, "val", 5)
+
+
+# ---- what is typed ----
+
+def test_a_preset_brings_its_data_set():
+    for preset, dataset in (("cocostuff27-vitb8", "cocostuff27"), ("cocostuff27-vits8", "cocostuff27"),
+                            ("cityscapes-vitb8", "cityscapes"), ("potsdam-vits8", "potsdam"), ("scenes", "scenes")):
+        assert train.resolve({"preset": preset})["dataset"] == dataset
+        if preset != "scenes":
+            assert train.resolve({"preset": preset, "data_root": "d"})["dataset"] == dataset
+        config = train.resolve({"preset": preset, "data_root": "d", "dataset": "directory"})
+        assert config["dataset"] == "directory" and config["data_root"] == "d"
+    with pytest.raises(stego.InputError, match="--data-root.*--dataset directory"):
+        train.resolve({"preset": "scenes", "data_root": "d"})
+
+
+def test_a_preset_without_its_data_says_what_to_get(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", "train.py --preset cocostuff27-vits8 --device cpu".split())
+    with pytest.raises(SystemExit) as stopped:
+        train.evaluate.run(train.main)
+    assert stopped.value.code == 2 and not list(tmp_path.iterdir())
+    error = capsys.readouterr().err
+    assert error.startswith("error: --dataset cocostuff27 needs --data-root FOLDER with images/") and error.count("\n") == 1
