@@ -209,7 +209,7 @@ LAYOUTS = {
         {"train": "labelled_train.txt", "val": "labelled_test.txt", "unlabelled_train": "unlabelled_train.txt"},
         "[A-Za-z0-9_-]+",
         ("roads and cars", "buildings and clutter", "trees and vegetation"), (0, 1, 2, 2, 0, 1),
-        "all is in the authors' potsdam.zip (their src/download_datasets.py)"),
+        "all is in the authors' potsdam.zip (their src/download_datasets.py), and read with scipy"),
     "voc": Layout(
         "VOCdevkit/VOC2012", "JPEGImages/{id}.jpg", "SegmentationClass/{id}.png",
         {split: f"ImageSets/Segmentation/{split}.txt" for split in ("train", "val")}, "[0-9]{4}_[0-9]{6}",
