@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -72,6 +73,11 @@ def gathered(value):
 
 def read_image(path):
     """The image as RGB, upright (EXIF). 16-bit grey keeps its upper 8 bits. Raises InputError naming the file."""
+    if Path(path).suffix == ".mat":  # Potsdam's are RGB and infrared, which the authors leave out
+        pixels = read_mat(path, "img")
+        if pixels.ndim != 3 or pixels.shape[2] < 3 or pixels.dtype != np.uint8:
+            raise InputError(f"{path}: an image is uint8 (H, W, 3 or more), this is {pixels.dtype} {pixels.shape}")
+        return Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -84,17 +90,60 @@ def read_image(path):
 
 def read_label(path, n_classes):
     """Class ids (H, W) uint8; ids outside 0..n_classes-1 become VOID. Raises InputError naming the file."""
-    try:
-        with Image.open(path) as image:
-            ids = np.array(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable label ({error})") from error
+    if Path(path).suffix == ".mat":
+        ids = read_mat(path, "gt")
+    else:
+        try:
+            with Image.open(path) as image:
+                ids = np.array(image)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InputError(f"{path}: not a readable label ({error})") from error
     if ids.ndim != 2:
         raise InputError(f"{path}: a label holds one class id a pixel, this is a picture of {ids.shape[-1]} channels")
     return np.where((ids >= 0) & (ids < n_classes), ids, VOID).astype(np.uint8)
 
 
-class Directory:
+def read_mat(path, key):
+    """Array `key` of a MATLAB file (.mat up to version 7). Raises InputError naming the file."""
+    import scipy.io  # for Potsdam's files alone, so it is not among the requirements
+    try:
+        return scipy.io.loadmat(path)[key]
+    except Exception as error:  # of what is no such file, scipy complains in a dozen ways
+        raise InputError(f"{path}: not a readable .mat file with an array {key!r} ({error!r})") from error
+
+
+class Files:
+    """Images, and labels of the same length or None in their place, that are files below root: what all but Scenes share.
+
+    names: of the classes. classes: the class of each id that a label file may hold; ids beyond them are VOID.
+    """
+
+    def __init__(self, root, split, images, labels, names, classes, palette=None):
+        self.root, self.split, self.images, self.labels = root, split, images, labels
+        self.names, self.n_classes, self.has_labels = list(names), len(names), any(labels)
+        self.palette = class_palette(len(names)) if palette is None else np.array(palette, np.uint8)
+        self.classes = np.full(VOID + 1, VOID, np.uint8)
+        self.classes[:len(classes)] = classes
+
+    def __len__(self):
+        return len(self.images)
+
+    def image(self, i):
+        return read_image(self.images[i])
+
+    def label(self, i):
+        return None if self.labels[i] is None else self.classes[read_label(self.labels[i], VOID)]
+
+    def name(self, i):
+        return str(self.images[i])
+
+    def fingerprint(self):
+        files = [path for path in self.images + self.labels if path is not None]
+        return json.dumps([self.classes.tolist()] + [(str(path.relative_to(self.root)), path.stat().st_size,
+                                                      path.stat().st_mtime_ns) for path in files])
+
+
+class Directory(Files):
     """imgs/{train,val}/*, optional labels/{train,val}/*.png paired by stem and classes.txt; or a folder of images, or one.
 
     n_classes defaults to the lines of classes.txt. Where there is no imgs/val, "val" is the training images again;
@@ -113,43 +162,147 @@ class Directory:
                 split = "train"
             folder, labels = root / "imgs" / split, root / "labels" / split
         files = [root] if root.is_file() else sorted(folder.rglob("*"))
-        self.images = [path for path in files if path.suffix.lower() in SUFFIXES and path.is_file()]
-        if not self.images:
+        images = [path for path in files if path.suffix.lower() in SUFFIXES and path.is_file()]
+        if not images:
             raise InputError(f"{folder}: no images ({' '.join(sorted(SUFFIXES))})")
-        stems = [path.relative_to(folder).with_suffix("") for path in self.images]
+        stems = [path.relative_to(folder).with_suffix("") for path in images]
         if len(set(stems)) < len(stems):
-            path = next(path for i, path in enumerate(self.images) if stems[i] in stems[:i])
+            path = next(path for i, path in enumerate(images) if stems[i] in stems[:i])
             raise InputError(f"{path}: another image has the same name up to its ending; rename one")
         label_of = {} if labels is None else {path.relative_to(labels).with_suffix(""): path
                                               for path in labels.rglob("*.png")}
-        self.labels = [label_of.get(stem) for stem in stems]
-        self.root, self.folder, self.split, self.has_labels = root, folder, split, any(self.labels)
         names = root / "classes.txt"
-        self.names = names.read_text().split("\n") if names.is_file() else []
-        self.names = [name.strip() for name in self.names if name.strip()]
-        self.n_classes = n_classes or len(self.names)
-        if not 1 <= self.n_classes <= VOID:
+        names = names.read_text().split("\n") if names.is_file() else []
+        names = [name.strip() for name in names if name.strip()]
+        n_classes = n_classes or len(names)
+        if not 1 <= n_classes <= VOID:
             raise InputError(f"{root}: say with --num-classes how many kinds of things to tell apart (1 to {VOID}), or name "
                              "them in a classes.txt, one a line")
-        self.names = (self.names + [f"class {i}" for i in range(len(self.names), self.n_classes)])[:self.n_classes]
-        self.palette = class_palette(self.n_classes)
+        names = (names + [f"class {i}" for i in range(len(names), n_classes)])[:n_classes]
+        super().__init__(root, split, images, [label_of.get(stem) for stem in stems], names, range(n_classes))
+        self.folder = folder
 
-    def __len__(self):
-        return len(self.images)
 
-    def image(self, i):
-        return read_image(self.images[i])
+class Layout(NamedTuple):
+    """A published data set on disk. image, label: paths below `folder`, with {split} and {id} to be filled in."""
+    folder: str
+    image: str
+    label: str
+    lists: dict  # split -> file of its ids, one a line; None: all images there are
+    id: str  # what an id looks like, an expression that no ../x matches; a glob where there are no lists
+    names: tuple
+    classes: tuple  # class of each id that a label file may hold; ids beyond them are void
+    source: str
+    palette: tuple | None = None
 
-    def label(self, i):
-        return None if self.labels[i] is None else read_label(self.labels[i], self.n_classes)
 
-    def name(self, i):
-        return str(self.images[i])
+# CocoStuff 164k: ids 0 to 181 in 27 classes, as in the authors' data.py:263-279. The things, 0 to 90, come in runs (class,
+# length); the stuff is in alphabetical order, where classes alternate, so each takes a letter: a = 12 to o = 26.
+COCO_THINGS = ((9, 1), (11, 8), (8, 6), (7, 10), (6, 8), (10, 10), (5, 8), (2, 10), (3, 10), (0, 6), (1, 6), (4, 8))
+COCO_STUFF = "ffkiikdnebaafflddfdjdnbbbbbkoccdkjjmikdfedkmjfnejfkejjnjojmifcjodlijmdmkndiffkcgggggggoohhm"
+COCO27 = tuple(np.repeat(*np.transpose(COCO_THINGS)).tolist()) + tuple(ord(letter) - ord("a") + 12 for letter in COCO_STUFF)
+COCO_NAMES = ("electronic", "appliance", "food-things", "furniture-things", "indoor", "kitchen", "accessory", "animal",
+              "outdoor", "person", "sports", "vehicle", "ceiling", "floor", "food-stuff", "furniture-stuff", "raw-material",
+              "textile", "wall", "window", "building", "ground", "plant", "sky", "solid", "structural", "water")
+COCO = Layout(
+    "cocostuff", "images/{split}2017/{id}.jpg", "annotations/{split}2017/{id}.png",
+    {"train": "curated/train2017/Coco164kFull_Stuff_Coarse.txt",  # 49,629 ids
+     "val": "curated/val2017/Coco164kFull_Stuff_Coarse_7.txt"},  # 2,175
+    "[0-9]{12}", COCO_NAMES, COCO27,
+    "images are train2017.zip and val2017.zip of cocodataset.org, annotations stuffthingmaps_trainval2017.zip of "
+    "github.com/nightrome/cocostuff, curated is in the authors' cocostuff.zip (their src/download_datasets.py)")
 
-    def fingerprint(self):
-        files = [path for path in self.images + self.labels if path is not None]
-        return json.dumps([self.n_classes] + [(str(path.relative_to(self.root)), path.stat().st_size,
-                                               path.stat().st_mtime_ns) for path in files])
+
+def coco_part(kept, list_name):
+    """CocoStuff of a few of its 27 classes, the others void, and of the images in other lists."""
+    return COCO._replace(lists={split: f"curated/{split}2017/{list_name}" for split in ("train", "val")},
+                         names=tuple(COCO_NAMES[c] for c in kept),
+                         classes=tuple(kept.index(c) if c in kept else VOID for c in COCO27))
+
+
+LAYOUTS = {
+    "cocostuff27": COCO,
+    "cocostuff15": coco_part(range(12, 27), "Coco164kFull_Stuff_Coarse_7.txt"),  # the stuff
+    "cocostuff3": coco_part((23, 22, 21), "Coco164kFew_Stuff_6.txt"),  # sky, plant, ground
+    # labelId 7 to 33 (cityscapesScripts, labels.py), of which the 19 of the benchmark are a part
+    "cityscapes": Layout(
+        "cityscapes", "leftImg8bit/{split}/{id}_leftImg8bit.png", "gtFine/{split}/{id}_gtFine_labelIds.png",
+        {"train": None, "val": None}, "*/*",
+        ("road", "sidewalk", "parking", "rail track", "building", "wall", "fence", "guard rail", "bridge", "tunnel", "pole",
+         "polegroup", "traffic light", "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck",
+         "bus", "caravan", "trailer", "train", "motorcycle", "bicycle"),
+        (VOID,) * 7 + tuple(range(27)),
+        "unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of cityscapes-dataset.com",
+        ((128, 64, 128), (244, 35, 232), (250, 170, 160), (230, 150, 140), (70, 70, 70), (102, 102, 156), (190, 153, 153),
+         (180, 165, 180), (150, 100, 100), (150, 120, 90), (153, 153, 153), (153, 153, 153), (250, 170, 30), (220, 220, 0),
+         (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
+         (0, 0, 90), (0, 0, 110), (0, 80, 100), (0, 0, 230), (119, 11, 32))),
+    # ids 0 to 5: road, building, low vegetation, tree, car, clutter. The authors train on the labelled part (data.py:127).
+    "potsdam": Layout(
+        "potsdam", "imgs/{id}.mat", "gt/{id}.mat",
+        {"train": "labelled_train.txt", "val": "labelled_test.txt", "unlabelled_train": "unlabelled_train.txt"},
+        "[A-Za-z0-9_-]+",
+        ("roads and cars", "buildings and clutter", "trees and vegetation"), (0, 1, 2, 2, 0, 1),
+        "all is in the authors' potsdam.zip (their src/download_datasets.py), and read with scipy"),
+    "voc": Layout(
+        "VOCdevkit/VOC2012", "JPEGImages/{id}.jpg", "SegmentationClass/{id}.png",
+        {split: f"ImageSets/Segmentation/{split}.txt" for split in ("train", "val")}, "[0-9]{4}_[0-9]{6}",
+        ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+         "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"), tuple(range(21)),
+        "all is in VOCtrainval_11-May-2012.tar of host.robots.ox.ac.uk/pascal/VOC/voc2012"),
+}
+
+
+class Published(Files):
+    """A data set of LAYOUTS. root: its folder, or the one that holds its folder.
+
+    Raises InputError for an unknown split, what is missing of the layout, and a list that holds anything but ids.
+    """
+
+    def __init__(self, dataset, root, split):
+        layout = LAYOUTS[dataset]
+        if split not in layout.lists:
+            raise InputError(f"--split {split}: {dataset} has {', '.join(layout.lists)}")
+        anything = dict(split="{train,val}", id=layout.id if layout.id == "*/*" else "*")
+        needed = [layout.image.format(**anything), layout.label.format(**anything), *filter(None, layout.lists.values())]
+        needs = (f"--dataset {dataset} needs --data-root FOLDER with {', '.join(needed)} in it or in its folder "
+                 f"{layout.folder}; {layout.source}")
+        if not root:
+            raise InputError(needs)
+        root = Path(root)
+        if not root.is_dir():
+            raise InputError(f"{root}: there is no such folder; {needs}")
+        if (root / layout.folder).is_dir():
+            root = root / layout.folder
+        if layout.image.endswith(".mat"):
+            try:
+                import scipy.io  # missed here, once, and not in every image
+            except ImportError as error:
+                raise InputError(f"--dataset {dataset}: its .mat files take scipy to read: pip install scipy") from error
+
+        if layout.lists[split] is None:
+            before, _, after = layout.image.format(split=split, id="|").partition("|")
+            ids = [path.relative_to(root / before).as_posix().removesuffix(after)
+                   for path in sorted(root.glob(before + layout.id + after))]
+            if not ids:
+                raise InputError(f"{root / before}: no images *{after}; {needs}")
+        else:
+            path = root / layout.lists[split]
+            try:
+                ids = path.read_text("utf-8", errors="replace").split()  # what is replaced is no id
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror}; {needs}") from error
+            bad = [id for id in ids if not re.fullmatch(layout.id, id)]
+            if bad or not ids:
+                raise InputError(f"{path}: {ascii(bad[0]) if bad else 'nothing'} where ids, {layout.id}, should be; {needs}")
+        images, labels = ([root / path.format(split=split, id=id) for id in ids] for path in (layout.image, layout.label))
+        if split.startswith("unlabelled"):
+            labels = [None] * len(ids)
+        missing = [path for path in images + labels if path and not path.is_file()]
+        if missing:
+            count = f", the first of {len(missing):,} such files" if len(missing) > 1 else ""
+            raise InputError(f"{missing[0]} is missing{count}; {needs}")
+        super().__init__(root, split, images, labels, layout.names, layout.classes, layout.palette)
 
 
 class Scenes:
@@ -202,18 +355,23 @@ def class_palette(n):
     return np.array(colours[:n]).astype(np.uint8).reshape(n, 3)
 
 
-DATASETS = ("directory", "scenes")
+DATASETS = ("directory", "scenes", *LAYOUTS)
 
 
 def load_collection(dataset, root, split, n_classes=None):
-    """The collection called `dataset`; root and n_classes are for those that live on disk."""
-    if dataset == "scenes":
-        if split not in Scenes.FIRST_SEED:
-            raise InputError(f"--split {split}: the scenes have {', '.join(Scenes.FIRST_SEED)}")
-        return Scenes(split)
-    if not root:
-        raise InputError(f"--dataset {dataset} needs --data-root FOLDER")
-    return Directory(root, split, n_classes)
+    """The collection called `dataset`; root is for those that live on disk. n_classes is for "directory" to be told, the
+    others have their own: raises InputError where it differs."""
+    if dataset == "directory":
+        if not root:
+            raise InputError("--dataset directory needs --data-root FOLDER")
+        return Directory(root, split, n_classes)
+    if dataset == "scenes" and split not in Scenes.FIRST_SEED:
+        raise InputError(f"--split {split}: the scenes have {', '.join(Scenes.FIRST_SEED)}")
+    collection = Scenes(split) if dataset == "scenes" else Published(dataset, root, split)
+    if n_classes not in (None, collection.n_classes):
+        raise InputError(f"{dataset} has {collection.n_classes} classes, not {n_classes}: leave --num-classes out, and "
+                         "score only models that were trained on as many")
+    return collection
 
 
 # ---------------------------------------------------------------------------------------------------------------

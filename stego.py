@@ -47,17 +47,17 @@ PRESETS = {
         lambda_self=1.0, lambda_knn=0.577453483136995, lambda_rand=0.9058762625226623,  # Cityscapes ViT-B's, as below:
         b_self=0.45828472207, b_knn=0.1754346515479633, b_rand=0.31361241889448443),  # the best of those tried on the dev split
     "cocostuff27-vitb8": dict(
-        backbone="dino_vitb8", crop="five", code_dim=90, batch_size=32, steps=7000, center=True,
+        dataset="cocostuff27", backbone="dino_vitb8", crop="five", code_dim=90, batch_size=32, steps=7000, center=True,
         lambda_self=0.1, lambda_knn=1.0, lambda_rand=0.1538476246415498, b_self=0.12, b_knn=0.2, b_rand=1.0),
     "cocostuff27-vits8": dict(
-        backbone="dino_vits8_300ep", crop="five", code_dim=70, batch_size=16, steps=5000, center=True,
+        dataset="cocostuff27", backbone="dino_vits8_300ep", crop="five", code_dim=70, batch_size=16, steps=5000, center=True,
         lambda_self=0.67, lambda_knn=0.25, lambda_rand=0.63, b_self=0.08, b_knn=0.02, b_rand=0.66),
     "cityscapes-vitb8": dict(
-        backbone="dino_vitb8", crop="five", code_dim=100, batch_size=32, steps=7000, center=False,
+        dataset="cityscapes", backbone="dino_vitb8", crop="five", code_dim=100, batch_size=32, steps=7000, center=False,
         lambda_self=1.0, lambda_knn=0.577453483136995, lambda_rand=0.9058762625226623,
         b_self=0.45828472207, b_knn=0.1754346515479633, b_rand=0.31361241889448443),
     "potsdam-vits8": dict(
-        backbone="dino_vits8_300ep", crop="none", code_dim=70, batch_size=16, steps=5000, center=True,
+        dataset="potsdam", backbone="dino_vits8_300ep", crop="none", code_dim=70, batch_size=16, steps=5000, center=True,
         lambda_self=0.67, lambda_knn=0.25, lambda_rand=0.63, b_self=0.08, b_knn=0.02, b_rand=0.76),
 }
 

@@ -2,7 +2,8 @@
 
     python train.py                                                     # the embedded scenes, offline
     python train.py --dataset directory --data-root photos --num-classes 20           # a folder of your own images
-    python train.py --preset cocostuff27-vits8 --dataset directory --data-root coco   # the paper's settings
+    python train.py --preset cocostuff27-vits8 --data-root FOLDER       # the paper's data and settings
+    python train.py --preset cocostuff27-vits8 --dataset directory --data-root photos # its settings, other images
     python train.py --name mine --resume                                # go on with runs/mine after it was stopped
     torchrun --nproc_per_node=4 train.py ...                            # the same run on four GPUs, or processes
 
@@ -51,11 +52,12 @@ def parse_args():
     switch = argparse.BooleanOptionalAction
     group = parser.add_argument_group("data")
     group.add_argument("--preset", choices=PRESETS, help="all settings of a published result; other options win over it")
-    group.add_argument("--dataset", choices=data.DATASETS, help="directory: imgs/{train,val}, or just a folder of images; "
-                       "scenes (default): the embedded procedural landscapes")
+    group.add_argument("--dataset", choices=data.DATASETS, help="directory: imgs/{train,val} or just a folder of images, "
+                       "the default with --data-root; scenes: the embedded procedural landscapes, the default without; "
+                       "the others: published ones, which say without --data-root what they need. A preset names its own")
     group.add_argument("--data-root", metavar="FOLDER", help="where the images are")
-    group.add_argument("--num-classes", type=int, help="classes of the labels, or how many things you expect to tell "
-                       "apart (default: the lines of classes.txt)")
+    group.add_argument("--num-classes", type=int, help="of a directory: classes of the labels, or how many things you "
+                       "expect to tell apart (default: the lines of classes.txt)")
     group.add_argument("--resolution", type=int, help="side of the training views in pixels (default 224)")
     group.add_argument("--eval-resolution", type=int, help="side of the evaluated views (default 320)")
     group.add_argument("--crop", choices=("none", "five"), help="five: each image gives its corners and centre at half "
@@ -110,11 +112,12 @@ def parse_args():
 def resolve(given):
     """The complete settings: DEFAULTS, then those of the preset, then what was given."""
     given = dict(given)
-    if "data_root" in given:
-        given.setdefault("dataset", "directory")
-    if "preset" not in given and given.get("dataset", "scenes") == "scenes":
+    if "preset" not in given and given.get("dataset", "directory" if "data_root" in given else "scenes") == "scenes":
         given["preset"] = "scenes"
-    return {**DEFAULTS, **PRESETS.get(given.get("preset"), {}), **given}
+    config = {**DEFAULTS, **PRESETS.get(given.get("preset"), {}), **given}
+    if config["dataset"] == "scenes" and config["data_root"]:
+        raise InputError("--data-root: the scenes are drawn, not read; for images of yours add --dataset directory")
+    return config
 
 
 def run_folder(name, dataset, resume):
