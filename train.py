@@ -302,7 +302,9 @@ def main():
     recent = []  # losses since the last line of the log
     bar = tqdm(range(first_step, config["steps"]), initial=first_step, total=config["steps"], desc="train", unit="step",
                disable=rank > 0)
-    with ThreadPoolExecutor(1) as ahead:  # reads the next batch while a step is computed
+    # Reads the next batch while a step is computed; on a CPU more than one thread would take the step's cores.
+    quiet = dict(initializer=torch.set_num_threads, initargs=(1,)) if isinstance(features.maps, torch.Tensor) else {}
+    with ThreadPoolExecutor(1, **quiet) as ahead:
         following = ahead.submit(read, first_step)
         for step in bar:
             x, x_knn, *labels = (tensor.to(device, non_blocking=True) for tensor in following.result())
