@@ -28,11 +28,10 @@ from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 from assets import scenes
-from stego import InputError, frozen_features, replacing
+from stego import VOID, InputError, frozen_features, replacing
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every DINO model expects
 RESIZE = InterpolationMode.NEAREST  # as the authors' code, utils.py:176-180, images too: their checkpoints saw this
-VOID = 255  # label of pixels that are neither taught nor scored
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 

@@ -553,29 +553,29 @@ def _axis(values):
     return low, high, min(marks, key=lambda m: abs(len(m) - 4.5)) + 0.0  # + 0.0: no "-0"
 
 
-def draw_curves(path, curves):
-    """Save line plots of training curves, up to three side by side, as PNG.
+def draw_curves(path, plots, x_label, colours=((0, 114, 178), (213, 94, 0)), marks={}, mark_name=""):
+    """Save line plots, up to three side by side, as PNG.
 
-    curves: dict of name -> (steps, values), two equally long lists of numbers; points that are not
-    finite are left out. The values are drawn light, and over them, dark, their mean over a centred
-    window of a tenth of the points (shorter at the ends; below 20 points the values themselves).
+    plots: dict of title -> {name of line: (x, y)}, two equally long lists of numbers; points that are not finite are left
+    out; every plot has the same names. colours: of the lines, Okabe and Ito's blue and vermilion. marks: dict of title -> x,
+    where a dashed line called mark_name stands.
     """
-    light, dark = (246, 208, 130), (0, 114, 178)  # Okabe and Ito's orange (paler) and blue
+    colours = dict(zip(next(iter(plots.values())), colours))
     wide, high, pad, sharp = 330, 190, 20, 3  # plots are drawn `sharp` times larger, then reduced
     font = ImageFont.load_default(14)
-    title_font, titles, _, title_h = _fit(curves, wide, 17)
-    lines = math.ceil(len(curves) / 3)
-    per_line = math.ceil(len(curves) / lines)  # equally full lines: four plots are 2 x 2
+    title_font, titles, _, title_h = _fit(plots, wide, 17)
+    lines = math.ceil(len(plots) / 3)
+    per_line = math.ceil(len(plots) / lines)  # equally full lines: four plots are 2 x 2
     step_x, step_y = wide + 100, title_h + high + 70
     canvas = Image.new("RGB", (per_line * step_x + 2 * pad, lines * step_y + 56), "white")
     draw = ImageDraw.Draw(canvas)
-    for i, (steps, values) in enumerate(curves.values()):
+    for i, (title, plot_lines) in enumerate(plots.items()):
         left, top = pad + i % per_line * step_x + 80, pad + i // per_line * step_y + title_h + 8
         at = (left + wide / 2, top - 8 - title_h / 2)
         draw.text(at, titles[i], "black", title_font, "mm", align="center")
-        draw.text((left + wide / 2, top + high + 36), "step", "black", font, "mm")
-        points = np.array([steps, values], float)
-        x, y = points[:, np.isfinite(points).all(0)]
+        draw.text((left + wide / 2, top + high + 36), x_label, "black", font, "mm")
+        points = {name: np.array(line, float)[:, np.isfinite(np.array(line, float)).all(0)] for name, line in plot_lines.items()}
+        x, y = np.concatenate(list(points.values()), axis=1)
         (x0, x1, x_marks), (y0, y1, y_marks) = _axis(x), _axis(y)
         plot = Image.new("RGB", (wide * sharp, high * sharp), "white")
         pen = ImageDraw.Draw(plot)
@@ -585,22 +585,36 @@ def draw_curves(path, curves):
         for v, at in zip(y_marks, (y1 - y_marks) / (y1 - y0) * high):
             pen.line((0, at * sharp, wide * sharp, at * sharp), (230, 230, 230), sharp)
             draw.text((left - 8, top + at), f"{v:.10g}", "black", font, "rm")
-        if len(y):
-            window = np.ones(len(y) // 20 * 2 + 1)
-            mean = np.convolve(y, window, "same") / np.convolve(y * 0 + 1, window, "same")
-            for curve, colour, thick in ((y, light, 4), (mean, dark, 6)):
-                line = np.stack([(x - x0) / (x1 - x0) * wide, (y1 - curve) / (y1 - y0) * high], 1)
-                line = line.round(3) * sharp  # a flat line must not flicker between two pixels
-                pen.line(line.ravel().tolist(), colour, thick, joint="curve")
-            if len(y) == 1:
-                pen.ellipse((*(line[0] - 9), *(line[0] + 9)), dark)
+        for name, (x, y) in points.items():
+            line = np.stack([(x - x0) / (x1 - x0) * wide, (y1 - y) / (y1 - y0) * high], 1)
+            line = line.round(3) * sharp  # a flat line must not flicker between two pixels
+            pen.line(line.ravel().tolist(), colours[name], 5, joint="curve")
+            if len(line) == 1:
+                pen.ellipse((*(line[0] - 9), *(line[0] + 9)), colours[name])
+        if title in marks:
+            at = (marks[title] - x0) / (x1 - x0) * wide * sharp
+            for y in range(0, high * sharp, 8 * sharp):
+                pen.line((at, y, at, y + 5 * sharp), "black", 4)
         canvas.paste(plot.resize((wide, high), Image.Resampling.BOX), (left, top))
         draw.line((left, top, left, top + high, left + wide, top + high), "black")
-    y = canvas.height - pad - 8
-    for x, colour, text in ((pad + 80, light, "values"), (pad + 190, dark, "moving average")):
+    x, y = pad + 80, canvas.height - pad - 8
+    for name, colour in [*colours.items(), *([(mark_name, "black")] if marks else [])]:
         draw.line((x, y, x + 24, y), colour, 3)
-        draw.text((x + 32, y), text, "black", font, "lm")
+        draw.text((x + 32, y), name, "black", font, "lm")
+        x += 60 + font.getlength(name)
     save_picture(canvas, path)
+
+
+def draw_losses(path, rows):
+    """Save the columns of log.jsonl, dicts with "step", as curves: the values and their mean over a centred window of a
+    tenth of them (shorter at the ends; below 20 the values themselves)."""
+    plots, steps = {}, [row["step"] for row in rows]
+    for name in [name for name in rows[0] if name != "step"]:
+        values = np.array([row[name] for row in rows])
+        window = np.ones(len(values) // 20 * 2 + 1)
+        mean = np.convolve(values, window, "same") / np.convolve(values * 0 + 1, window, "same")
+        plots[name] = {"values": (steps, values), "moving average": (steps, mean)}
+    draw_curves(path, plots, "step", colours=((246, 208, 130), (0, 114, 178)))  # the values pale, the mean over them
 
 
 # ---------------------------------------------------------------------------------------------------------------

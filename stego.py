@@ -26,6 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as nnf  # so that F can be the paper's F
 
+VOID = 255  # label of pixels that are neither taught nor scored
 DINO_URL, DINOV2_URL = "https://dl.fbaipublicfiles.com/dino/", "https://dl.fbaipublicfiles.com/dinov2/"
 BACKBONES = {  # name -> address or file of the weights
     "vit_tiny_scenes": Path(__file__).parent / "assets/vit_tiny_scenes.pth",  # embedded; see its make_backbone.py
@@ -319,6 +320,20 @@ def correlation(a, b):
     return torch.einsum("nchw,ncij->nhwij", unit(a), unit(b))
 
 
+@torch.no_grad()
+def feature_correspondence(a, b, center=True):
+    """F, the cosines of features a (N, C, h, w) with b (N, C, i, j); with center centred spatially (Eq. 3),
+
+        F <- F - mean_ij F + mean F
+
+    so that a point that corresponds to everything stands out as little as one that corresponds to nothing.
+    Returns (N, h, w, i, j).
+    """
+    F = correlation(a, b)
+    # differs from the paper: the global mean is put back, as the authors' code, modules.py:330-333.
+    return F - F.mean((3, 4), keepdim=True) + F.mean() if center else F
+
+
 def correspondence_loss(features_a, features_b, codes_a, codes_b, shift,
                         center=True, zero_clamp=True, stabilize=False):
     """L_corr, elementwise: codes of corresponding points are pulled together, of others pushed apart (Eq. 4).
@@ -326,16 +341,12 @@ def correspondence_loss(features_a, features_b, codes_a, codes_b, shift,
         F = cos(f_a, f_b)    S = cos(s_a, s_b)    L = -max(S, 0) (F - shift)
 
     Points attract where F > shift and repel where F < shift. The clamp at 0 leaves two codes alone once they are at
-    right angles. center: F is centred spatially (Eq. 3), F <- F - mean_ij F + mean F. zero_clamp=False: without the
-    max. stabilize: S is also clamped from above at 0.8. No gradient flows to the features.
+    right angles. center: F is centred, see feature_correspondence. zero_clamp=False: without the max. stabilize: S is
+    also clamped from above at 0.8. No gradient flows to the features.
 
     All inputs (N, C, h, w), of b (N, C, i, j), sampled at the same points. Returns (L, S), both (N, h, w, i, j).
     """
-    with torch.no_grad():
-        F = correlation(features_a, features_b)
-        if center:
-            # differs from the paper: the global mean is put back, as the authors' code, modules.py:330-333.
-            F = F - F.mean((3, 4), keepdim=True) + F.mean()
+    F = feature_correspondence(features_a, features_b, center)
     S = correlation(codes_a, codes_b)
     clamped = S.clamp(min=0.0 if zero_clamp else None, max=0.8 if stabilize else None) if zero_clamp or stabilize else S
     return -clamped * (F - shift), S
@@ -406,6 +417,17 @@ class ClusterProbe(nn.Module):
     def loss(self, codes):
         """-mean max_k cos(code, centroid_k): each code pulls its nearest centroid. Scalar."""
         return -self(codes).amax(1).mean()
+
+
+def linear_probe_loss(logits, labels):
+    """Cross-entropy at the labels' resolution, void left out. logits: (N, n, h, w); labels: (N, H, W) uint8."""
+    # Bilinear interpolation as two small matrix products, one image at a time: on a CPU three times faster than
+    # nnf.interpolate of the batch, and in less memory.
+    rows, columns = (nnf.interpolate(torch.eye(n, device=logits.device)[None], size, mode="linear")[0].T  # (size, n)
+                     for n, size in zip(logits.shape[2:], labels.shape[1:]))
+    total = sum(nnf.cross_entropy(rows @ image @ columns.T, label.long(), ignore_index=VOID, reduction="sum")
+                for image, label in zip(logits.split(1), labels.split(1)))
+    return total / (labels != VOID).sum().clamp(min=1)  # a batch without labels costs 0, not NaN
 
 
 class Stego(nn.Module):

@@ -20,12 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.nn.functional as nnf
 from tqdm import tqdm
 
 import data
 import evaluate
-from stego import (BACKBONES, PRESETS, InputError, Stego, load_backbone, read_tensors, save_checkpoint,
+from stego import (BACKBONES, PRESETS, InputError, Stego, linear_probe_loss, load_backbone, read_tensors, save_checkpoint,
                    stego_loss)
 
 # What holds where neither --preset nor an option says otherwise. The scenes have a preset of their own in stego.py.
@@ -163,17 +162,6 @@ def batch_of(step, n, batch_size, seed):
     """
     epoch, position = divmod(step, n // batch_size)
     return epoch_order(epoch, n, seed)[position * batch_size:(position + 1) * batch_size]
-
-
-def linear_probe_loss(logits, labels):
-    """Cross-entropy at the labels' resolution, void left out. logits: (N, n, h, w); labels: (N, H, W) uint8."""
-    # Bilinear interpolation as two small matrix products, one image at a time: on a CPU three times faster than
-    # nnf.interpolate of the batch, and in less memory.
-    rows, columns = (nnf.interpolate(torch.eye(n, device=logits.device)[None], size, mode="linear")[0].T  # (size, n)
-                     for n, size in zip(logits.shape[2:], labels.shape[1:]))
-    total = sum(nnf.cross_entropy(rows @ image @ columns.T, label.long(), ignore_index=data.VOID, reduction="sum")
-                for image, label in zip(logits.split(1), labels.split(1)))
-    return total / (labels != data.VOID).sum().clamp(min=1)  # a batch without labels costs 0, not NaN
 
 
 class Objective(torch.nn.Module):
@@ -352,10 +340,9 @@ def main():
     config["classes"], config["palette"] = val.names, val.palette.tolist()
     config["assignments"] = {name: result["assignment"] for name, result in summary["results"].items()}
     save(config["steps"])
-    curves = [json.loads(line) for line in log.read_text().splitlines()]
-    if curves:
-        evaluate.draw_curves(folder / "losses.png", {name: ([row["step"] for row in curves], [row[name] for row in curves])
-                                                     for name in curves[0] if name != "step"})
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    if rows:
+        evaluate.draw_losses(folder / "losses.png", rows)
     print("seconds:", ", ".join(f"{name} {value}" for name, value in seconds.items()))
     print(f"scores, pictures and checkpoint.pt are in {folder}")
 

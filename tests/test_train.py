@@ -263,8 +263,8 @@ def test_linear_loss_ignores_void_and_costs_nothing_without_labels():
     labels[0, :5] = data.VOID
     up = torch.nn.functional.interpolate(logits, (8, 8), mode="bilinear", align_corners=False)
     expected = -up.log_softmax(1).gather(1, labels.long().clamp(max=2)[:, None])[:, 0][labels != data.VOID].mean()
-    torch.testing.assert_close(train.linear_probe_loss(logits, labels), expected)
-    nothing = train.linear_probe_loss(logits, torch.full((2, 8, 8), data.VOID, dtype=torch.uint8))
+    torch.testing.assert_close(stego.linear_probe_loss(logits, labels), expected)
+    nothing = stego.linear_probe_loss(logits, torch.full((2, 8, 8), data.VOID, dtype=torch.uint8))
     nothing.backward()
     assert nothing == 0 and (logits.grad == 0).all()
 
