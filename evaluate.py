@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 import data
 from crf import dense_crf
-from stego import ClusterProbe, InputError, load_checkpoint, replacing
+from stego import (VOID, ClusterProbe, InputError, correlation, feature_correspondence, linear_probe_loss, load_checkpoint,
+                   replacing, sample)
 
 RAW, ONLINE, REFIT, LINEAR = "k-means on features", "cluster probe", "k-means on codes", "linear probe"  # table rows
 
@@ -183,6 +184,102 @@ def fitted_probe(vectors, n_clusters, seed):
     return probe
 
 
+def baseline_probes(features, code_dim, n_clusters, n_classes, steps, seed, device):
+    """What STEGO is to be better than, as probes of the features alone: k-means on them, on their `code_dim` principal
+    components and on as many random projections, and a linear probe taught by the labels (n_classes None: none)."""
+    points = sample_positions(features.maps, seed=seed).to(device)  # (n, D)
+    mean, D = points.mean(0), points.shape[1]
+    torch.manual_seed(seed)
+    components = torch.pca_lowrank(points, min(code_dim, D), center=True, niter=5)[2].T  # (code_dim, D)
+    probes = {RAW: (fitted_probe(points, n_clusters, seed), "features")}
+    for name, rows, offset in (("k-means on PCA", components, -components @ mean),
+                               ("k-means on random projections", torch.randn(code_dim, D, device=device), None)):
+        projection = torch.nn.Conv2d(D, len(rows), 1, bias=offset is not None).to(device).requires_grad_(False)
+        projection.weight.copy_(rows[:, :, None, None])
+        if offset is not None:
+            projection.bias.copy_(offset)
+        probes[name] = fitted_probe(projection(points[:, :, None, None]).flatten(1), n_clusters, seed), projection
+    if n_classes:
+        linear = torch.nn.Conv2d(D, n_classes, 1).to(device)
+        optimizer = torch.optim.Adam(linear.parameters(), lr=5e-3)
+        for _ in tqdm(range(steps), desc="linear probe on features", unit="step"):
+            batch = torch.randint(len(features.maps), (16,))
+            loss = linear_probe_loss(linear(features.maps[batch].to(device).float()), features.labels[batch].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        probes["linear probe on features"] = linear.requires_grad_(False), "features"
+    return probes
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Correspondences: what the loss sees, and how well it tells classes apart
+# ---------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def correspondences(features, neighbors, head, center, device, n_batches=10, batch_size=16, n_points=11, seed=0):
+    """F, S and equality of class of the pairs of points that the three terms of the loss compare.
+
+    features, neighbors: of the training views. Returns {"self", "knn", "rand"} -> (F, S, same), each flat; same is None
+    without labels; with them, pairs with a void point are left out.
+    """
+    generator, found = torch.Generator().manual_seed(seed), {"self": [], "knn": [], "rand": []}
+    n, k = neighbors.shape
+    for _ in range(n_batches):
+        images = torch.randint(n, (min(batch_size, n),), generator=generator)
+        others = {"knn": neighbors[images, torch.randint(k, images.shape, generator=generator)],
+                  "rand": (images + torch.randint(1, n, images.shape, generator=generator)) % n}
+        points = {term: 2 * torch.rand(len(images), n_points, n_points, 2, generator=generator) - 1
+                  for term in ("self", "knn", "rand")}
+        read = {}
+        for term, indices in {"self": images, **others}.items():
+            maps = features.maps[indices].to(device).float()
+            at, labels = points[term].to(device), None
+            if features.labels is not None:
+                labels = features.labels[indices]
+                h, w = maps.shape[2:]
+                # the pixel of a point: -1 and 1 are the centres of the first and the last patch
+                x, y = ((points[term] + 1) / 2 * (torch.tensor([w, h]) - 1) + 0.5).unbind(3)
+                x, y = (x * labels.shape[2] / w).long(), (y * labels.shape[1] / h).long()
+                labels = labels[torch.arange(len(images))[:, None, None], y, x]
+            read[term] = sample(maps, at), sample(head(maps), at), labels
+        f, s, label = read["self"]
+        for term, (f_other, s_other, label_other) in read.items():
+            F, S = feature_correspondence(f, f_other, center).cpu(), correlation(s, s_other).cpu()
+            same = None
+            if label is not None:
+                a, b = label[:, :, :, None, None], label_other[:, None, None]
+                valid = (a != VOID) & (b != VOID)
+                F, S, same = F[valid], S[valid], (a == b)[valid]
+            found[term].append((F.flatten(), S.flatten(), same))
+    return {term: tuple(None if part[0] is None else torch.cat(part) for part in zip(*parts)) for term, parts in found.items()}
+
+
+def precision_recall(similarity, same, n_points=200):
+    """(recall, precision, average precision) of "similar points have the same class", at n_points recalls.
+
+    similarity, same: (N,) floats and booleans. Average precision: sum over the same-class pairs, ranked by falling
+    similarity, of the precision down to each, by their number.
+    """
+    hit = same[similarity.argsort(descending=True)].double()
+    precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1)
+    average = (precision * hit).sum() / hit.sum()
+    chosen = torch.linspace(0, len(hit) - 1, n_points).long()
+    return (hit.cumsum(0) / hit.sum())[chosen].tolist(), precision[chosen].tolist(), average.item()
+
+
+def diagnose(codes, probe):
+    """Unlabelled health of trained codes (n, K): effective rank, and the share of each cluster of `probe`.
+
+    The effective rank is exp of the entropy of the codes' principal variances: how many directions they really use.
+    """
+    variances = torch.linalg.svdvals(codes - codes.mean(0)).square()
+    share = variances / variances.sum()
+    sizes = torch.bincount(probe(codes[:, :, None, None]).argmax(1).flatten(), minlength=len(probe.centroids))
+    return {"effective_rank": round(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item(), 2),
+            "cluster_shares": [round(size / len(codes), 4) for size in sizes.tolist()]}
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # From images to class probabilities
 # ---------------------------------------------------------------------------------------------------------------
@@ -222,7 +319,7 @@ def crf_pool(workers):
 def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2, n_samples=5):
     """Predictions of several probes for one collection, each with and without CRF.
 
-    probes: name -> (probe, "features" or "codes"), what it reads. Returns (confusions, samples): name -> confusion
+    probes: name -> (probe, what it reads): "features", "codes", or a module that maps the features. Returns (confusions, samples): name -> confusion
     matrix, "<name> + CRF" likewise; samples: n_samples evenly spaced images as dicts of "image" (size, size, 3),
     "label" (None without labels) and one uint8 map of clusters for every name. Of several processes each takes its
     share of the images, and all return the same.
@@ -256,10 +353,12 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
         views = data.batches(torch.utils.data.Subset(data.Views(collection, size), mine), batch_size, workers)
         for images, labels in tqdm(views, total=-(-len(mine) // batch_size), desc="evaluate", unit="batch", disable=rank > 0):
             maps = dict(zip(("features", "codes"), flip_averaged(model, data.normalize(images.to(device)))))
+            read = {name: maps[source] if source in maps else source(maps["features"])
+                    for name, (_, source) in probes.items()}
             for i in range(len(images)):
                 image = images[i].permute(1, 2, 0).numpy()
-                log_p = {name: log_probabilities(probe, maps[source][i:i + 1], (size, size))[0].cpu()
-                         for name, (probe, source) in probes.items()}
+                log_p = {name: log_probabilities(probe, read[name][i:i + 1], (size, size))[0].cpu()
+                         for name, (probe, _) in probes.items()}
                 predictions = {name: value.argmax(0).byte().numpy() for name, value in log_p.items()}
                 refined = pool.submit(crf_labels, image, [value.exp().numpy() for value in log_p.values()]) if crf else None
                 pending.append((next(indices), image, labels[i].numpy(), predictions, refined))
@@ -617,6 +716,57 @@ def draw_losses(path, rows):
     draw_curves(path, plots, "step", colours=((246, 208, 130), (0, 114, 178)))  # the values pale, the mean over them
 
 
+def draw_diagnostics(path, pairs, shifts):
+    """Save the distributions of F and S of each term's pairs, with its shift, as PNG. pairs: from correspondences."""
+    plots, edges = {}, torch.linspace(-1, 1, 81)
+    for (term, (F, S, _)), shift in zip(pairs.items(), shifts):
+        lines = {name: ((edges[:-1] + 0.0125).tolist(), (values.clamp(-1, 1).histc(80, -1, 1) / len(values) * 40).tolist())
+                 for name, values in (("F, features", F), ("S, codes", S))}
+        plots[f"{term}: {100 * (F > shift).float().mean():.0f} % attract"] = lines
+    draw_curves(path, plots, "cosine", marks=dict(zip(plots, shifts)), mark_name="shift b")
+
+
+def draw_precision_recall(path, pairs):
+    """Save precision over recall of F and S as predictors of the same class, as PNG, and return the average precisions."""
+    plots, average = {}, {}
+    for term, (F, S, same) in pairs.items():
+        curves = {name: precision_recall(values, same) for name, values in (("F", F), ("S", S))}
+        average[term] = {name: round(curve[2], 4) for name, curve in curves.items()}
+        plots[f"{term}: AP of F {average[term]['F']:.2f}, of S {average[term]['S']:.2f}"] = {
+            {"F": "F, features", "S": "S, codes"}[name]: curve[:2] for name, curve in curves.items()}
+    draw_curves(path, plots, "recall of same-class pairs (up: precision)")
+    return average
+
+
+@torch.no_grad()
+def draw_heatmaps(path, model, views, neighbors, n_images=5):
+    """Save what corresponds to one point of an image, in the image itself and in its nearest neighbour, as PNG.
+
+    views: a data.Views. neighbors: (N, k) of its views. Of n_images evenly spaced images, at the centre.
+    """
+    device, n_views = next(model.head.parameters()).device, len(neighbors) // len(views)
+    scale = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.uint8)  # viridis
+    rows = []
+    for i in np.linspace(0, len(neighbors) - 1, min(n_images, len(neighbors))).round().astype(int).tolist():
+        images = torch.stack([views[j // n_views][0][j % n_views] for j in (i, neighbors[i, 0].item())])
+        features = model.features(data.normalize(images.to(device)))
+        row, (height, width) = [image.permute(1, 2, 0).numpy().copy() for image in images], images.shape[2:]
+        y, x = height // 2, width // 2
+        mark = max(2, height // 60)
+        row[0][y - mark:y + mark, x - 4 * mark:x + 4 * mark] = row[0][y - 4 * mark:y + 4 * mark, x - mark:x + mark] = 255, 0, 0
+        for maps in (features, model.head(features)):
+            query = maps[:1, :, maps.shape[2] // 2:, maps.shape[3] // 2:][:, :, :1, :1]
+            similarity = correlation(query.expand(2, -1, -1, -1), maps)[:, 0, 0]  # (2, h, w)
+            heat = nnf.interpolate(similarity[None].clamp(0, 1), (height, width), mode="bilinear")[0].cpu().numpy()
+            row += [np.stack([np.interp(h, np.linspace(0, 1, 5), channel) for channel in scale.T], 2).astype(np.uint8)
+                    for h in heat]
+        rows.append(row)
+    image, neighbor, f_self, f_knn, s_self, s_knn = zip(*rows)
+    draw_panel(path, [("image and point", image), ("F in it", f_self), ("S in it", s_self), ("neighbour", neighbor),
+                      ("F there", f_knn), ("S there", s_knn)],
+               [f"cosine {value}" for value in ("0 or less", "0.25", "0.5", "0.75", "1")], scale)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------
@@ -680,6 +830,11 @@ def main():
     parser.add_argument("--eval-resolution", type=int, help="pixels of the shorter side (default: as in training)")
     parser.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True,
                         help="sharpen with the dense CRF; --no-crf is several times faster")
+    parser.add_argument("--baseline", action="store_true", help="also score what needs no head: k-means on the features, on "
+                        "their principal components and on random projections, and a linear probe on them")
+    parser.add_argument("--correspondences", action="store_true", help="only draw what corresponds to a point "
+                        "(heatmaps.png) and, with labels, how well that tells classes apart (precision_recall.png)")
+    parser.add_argument("--cache-dir", default="cache", help="where --baseline and --correspondences find or put features")
     parser.add_argument("--clusters", choices=("refit", "online"), default="refit",
                         help="k-means on the finished codes (default), or the probe trained beside the head")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
@@ -721,11 +876,32 @@ def main():
         return
     collection = data.load_collection(args.dataset or config["dataset"], args.data_root or config["data_root"],
                                       args.split, config["num_classes"])
+    out = Path(args.out or path.parent / f"eval-{args.split}")
+    if args.baseline or args.correspondences:
+        train = data.load_collection(config["dataset"], config["data_root"], "train", config["num_classes"])
+        train_size = data.round_to_patch(config["resolution"], model.backbone.patch_size)
+        features = data.extract_features(model.backbone, train, train_size, config["crop"], model.facet, model.bfloat16,
+                                         args.cache_dir, workers=args.workers, device=device)
+    if args.correspondences:
+        neighbors = data.cached_neighbors(features, min(config["neighbors"], len(features.vectors) - 1), device)
+        out.mkdir(parents=True, exist_ok=True)
+        draw_heatmaps(out / "heatmaps.png", model, data.Views(train, train_size, config["crop"]), neighbors)
+        if train.has_labels:
+            pairs = correspondences(features, neighbors, model.head, config["center"], device)
+            average = draw_precision_recall(out / "precision_recall.png", pairs)
+            data.write_text(out / "precision_recall.json", json.dumps(average, indent=1))
+            for term, values in average.items():
+                print(f"average precision, {term} pairs: F {values['F']:.3f}, S {values['S']:.3f}")
+        print(f"pictures of {train.root}, split train, are in {out}")
+        return
+    if args.baseline:
+        probes = {**baseline_probes(features, config["code_dim"], len(probes[prediction][0].centroids),
+                                    train.n_classes if train.has_labels else None, config["steps"], config["seed"], device),
+                  **probes}
     print(f"{len(collection)} images of {collection.root}, split {collection.split}")
     confusions, samples = evaluate(model, collection, size, probes, args.crf, workers=args.workers)
     if rank:
         return
-    out = args.out or path.parent / f"eval-{args.split}"
     report(out, confusions, samples, collection, probes, prediction)
     print(f"scores and pictures are in {out}")
 
