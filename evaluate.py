@@ -2,6 +2,7 @@
 
     python evaluate.py --checkpoint runs/scenes-1                                   # scores of its own data set
     python evaluate.py --checkpoint runs/scenes-1 --predict photos --out segmented
+    python evaluate.py --checkpoint cocostuff27_vit_base_5.ckpt --data-root data    # the authors' released model
     python evaluate.py --compare runs/*                                             # mean and spread over seeds
 
 Clusters carry no names: each is matched to one class by the Hungarian method on a single confusion matrix over the
@@ -645,9 +646,10 @@ def run(main):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="checkpoint.pt of a training run, or the run's folder")
+    parser.add_argument("--checkpoint", help="checkpoint.pt of a training run, the run's folder, or the authors' .ckpt")
     parser.add_argument("--predict", metavar="PHOTOS", help="segment this image, or all below this folder, of any size")
-    parser.add_argument("--out", metavar="FOLDER", help="where results go (default: eval-<split> beside the checkpoint)")
+    parser.add_argument("--out", metavar="FOLDER", help="where results go (default: eval-<split> beside checkpoint.pt, "
+                        "or in a folder named like the .ckpt)")
     parser.add_argument("--dataset", choices=data.DATASETS, help="default: the one it was trained on")
     parser.add_argument("--data-root", metavar="FOLDER", help="default: the one it was trained on")
     parser.add_argument("--split", default="val", help="val, train, or dev of the scenes (default val)")
@@ -693,7 +695,8 @@ def main():
                                       args.split, config["num_classes"])
     print(f"{len(collection)} images of {collection.root}, split {collection.split}")
     confusions, samples = evaluate(model, collection, size, probes, args.crf, workers=args.workers)
-    out = args.out or path.parent / f"eval-{args.split}"
+    folder = path.with_suffix("") if path.suffix == ".ckpt" else path.parent  # several of the authors' lie side by side
+    out = args.out or folder / f"eval-{args.split}"
     report(out, confusions, samples, collection, probes, prediction)
     print(f"scores and pictures are in {out}")
 

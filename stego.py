@@ -16,10 +16,12 @@ head is trained so that two points have similar codes where their features corre
 
 "As the authors' code" refers to github.com/mhamilton723/STEGO at commit eb4d6b5, below src/.
 """
+import collections
 import contextlib
 import os
 import pickle
 import urllib.error
+import zipfile
 from pathlib import Path
 
 import torch
@@ -45,7 +47,7 @@ PRESETS = {
         dataset="scenes", backbone="vit_tiny_scenes", resolution=128, eval_resolution=128, crop="none",
         code_dim=70, batch_size=16, steps=400, center=False,
         lambda_self=1.0, lambda_knn=0.577453483136995, lambda_rand=0.9058762625226623,  # Cityscapes ViT-B's, as below:
-        b_self=0.45828472207, b_knn=0.1754346515479633, b_rand=0.31361241889448443),  # the best of those tried on the dev split
+        b_self=0.45828472207, b_knn=0.1754346515479633, b_rand=0.31361241889448443),  # the best of those tried on dev
     "cocostuff27-vitb8": dict(
         backbone="dino_vitb8", crop="five", code_dim=90, batch_size=32, steps=7000, center=True,
         lambda_self=0.1, lambda_knn=1.0, lambda_rand=0.1538476246415498, b_self=0.12, b_knn=0.2, b_rand=1.0),
@@ -222,14 +224,83 @@ def vit_from_state_dict(state, num_heads=None):
     return vit
 
 
+class Record:
+    """Stands for an object of a foreign class: what was stored in it, and nothing that it could do."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setitem__(self, key, value):  # dictionaries of other kinds
+        vars(self)[key] = value
+
+
+# What other programs' checkpoints hold beside tensors and plain data, all of it read as Records: the authors' and DINO's
+# settings with the types of their values, and Lightning's callbacks.
+RECORD_PACKAGES = {"omegaconf", "pytorch_lightning", "lightning", "lightning_fabric", "torchmetrics", "typing"}
+RECORD_CLASSES = {"argparse.Namespace", "collections.defaultdict"} | {
+    f"{module}.{name}" for module in ("builtins", "__builtin__")  # as Python 3 and 2 call it
+    for name in ("bool", "int", "long", "float", "complex", "str", "unicode", "bytes", "list", "tuple", "dict", "set")}
+STORAGES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+            "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+
+
+def read_records(path, device="cpu"):
+    """What torch.save put into a zip file: tensors, plain data, and Records of everything else it may hold.
+
+    No name in the file is ever looked up. Its pickle can call the two functions in here, OrderedDict and Record, none
+    of which does more than to hold what it is given. Raises InputError for a file that asks for any other.
+    """
+    with zipfile.ZipFile(path) as archive:
+        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+
+        def tensor(storage, offset, size, stride, *_):
+            return storage.as_strided(size, stride, offset)  # checked against the size of the storage
+
+        def parameter(data, *_):
+            return data
+
+        known = {"torch._utils._rebuild_tensor_v2": tensor, "torch._utils._rebuild_parameter": parameter,
+                 "collections.OrderedDict": collections.OrderedDict,
+                 **{f"torch.{name}": dtype for name, dtype in STORAGES.items()}}
+
+        class Reader(pickle.Unpickler):
+            def persistent_load(self, reference):
+                _, dtype, key, *_ = reference
+                content = bytearray(archive.read(f"{pickled.removesuffix('.pkl')}/{key}"))
+                return (torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)).to(device)
+
+            def find_class(self, module, name):
+                if f"{module}.{name}" in known:
+                    return known[f"{module}.{name}"]
+                if module.partition(".")[0] in RECORD_PACKAGES or f"{module}.{name}" in RECORD_CLASSES:
+                    return type("Record", (Record,), {})  # one of its own, so that it cannot be tampered with for others
+                raise InputError(f"{path}: refused, because it asks for {module}.{name}, which is neither tensors nor "
+                                 "settings; get the file from those who made it")
+
+        with archive.open(pickled) as file:
+            return Reader(file).load()
+
+
 def read_tensors(path, device="cpu"):
-    """torch.load that runs no code from the file. Raises InputError for anything but tensors and plain data."""
+    """What torch.save wrote, running no code from the file: tensors, plain data and Records.
+
+    Raises InputError for any other file, and for one that tries to run code.
+    """
     if not os.path.isfile(path):
         raise InputError(f"{path}: there is no such file")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: not a readable file of PyTorch weights ({str(error).splitlines()[0]})") from error
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except pickle.UnpicklingError:  # more than tensors
+            if not zipfile.is_zipfile(path):
+                raise
+            return read_records(path, device)
+    except InputError:
+        raise
+    except Exception as error:  # whatever it is that bytes from anywhere lead to
+        raise InputError(f"{path}: not a readable file of PyTorch weights ({(str(error) or repr(error)).splitlines()[0]})"
+                         ) from error
 
 
 def load_backbone(name_or_path, device="cpu"):
@@ -452,17 +523,68 @@ def save_checkpoint(path, model, config, **training):
                     "num_heads": model.backbone.num_heads, "dropout": model.head.dropout.p, "training": training}, temporary)
 
 
+# Settings under their names here and in the authors' configs/train_config.yml. theirs: pos_intra is the image itself,
+# pos_inter a nearest neighbour, neg_inter the other images.
+AUTHORS_SETTINGS = dict(
+    dataset="dataset_name", crop="crop_type", resolution="res", code_dim="dim", batch_size="batch_size", steps="max_steps",
+    lr="lr", neighbors="num_neighbors", center="pointwise", zero_clamp="zero_clamp", stabilize="stabalize",
+    lambda_self="pos_intra_weight", lambda_knn="pos_inter_weight", lambda_rand="neg_inter_weight",
+    b_self="pos_intra_shift", b_knn="pos_inter_shift", b_rand="neg_inter_shift")
+AUTHORS_WEIGHTS = {"net.model.": "backbone.", "net.cluster1.0.": "head.linear.", "net.cluster2.": "head.nonlinear.",
+                   "linear_probe.": "linear_probe.", "cluster_probe.clusters": "cluster_probe.centroids"}
+
+
+def plain(value):
+    """Settings without the nodes that omegaconf keeps them in: dicts, lists and scalars."""
+    if isinstance(value, Record):
+        return plain(vars(value)["_content"] if "_content" in vars(value) else vars(value)["_val"])
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def from_authors(saved):
+    """What save_checkpoint would have written of a model that the authors' code trained.
+
+    saved: their Lightning checkpoint. What only training needs is left out, and so is their decoder, which nothing
+    reads. Raises LookupError, TypeError or AttributeError for another program's.
+    """
+    state = {ours + key.removeprefix(theirs): value for key, value in saved["state_dict"].items()
+             for theirs, ours in AUTHORS_WEIGHTS.items() if key.startswith(theirs)}
+    settings = plain(saved["hyper_parameters"]["cfg"])
+    config = {ours: settings[theirs] for ours, theirs in AUTHORS_SETTINGS.items() if theirs in settings}
+    vit = f"vit{settings['model_type'].removeprefix('vit_')[0]}{settings['dino_patch_size']}"  # vits8, vitb8, ...
+    preset = f"{config['dataset']}-{vit}"
+    config.update(
+        preset=preset if preset in PRESETS else None, data_root=None,  # theirs is a folder of the machine it was trained on
+        backbone=f"dino_{vit}_300ep" if vit == "vits8" else f"dino_{vit}", crop=config.get("crop") or "none",
+        num_classes=len(state["linear_probe.weight"]), num_clusters=len(state["cluster_probe.centroids"]),
+        eval_resolution=320,  # as the authors' code, configs/eval_config.yml
+        facet={"feat": "token", "KK": "key"}[settings["dino_feat_type"]], dropout=0.1)
+    return {"format": "stego 1", "config": config, "model": state, "facet": config["facet"], "num_heads": None,
+            "dropout": config["dropout"]}
+
+
 def load_checkpoint(path, device="cpu"):
-    """(model in eval mode, config) from save_checkpoint's file. Raises InputError for any other file."""
+    """(model in eval mode, config) from save_checkpoint's file, or from one of the authors' (.ckpt).
+
+    Theirs has all that evaluation needs: weights, classes and settings, without a refit_probe. Raises InputError for any
+    other file.
+    """
     saved = read_tensors(path, device)
-    if not isinstance(saved, dict) or saved.get("format") != "stego 1":
-        raise InputError(f"{path}: not a checkpoint of this program")
-    state = saved["model"]
-    backbone = vit_from_state_dict({key.removeprefix("backbone."): value for key, value in state.items()
-                                    if key.startswith("backbone.")}, saved["num_heads"])
-    model = Stego(backbone, *state["cluster_probe.centroids"].T.shape, dropout=saved["dropout"], facet=saved["facet"],
-                  n_classes=len(state["linear_probe.weight"]) if "linear_probe.weight" in state else None)
-    if "refit_probe.centroids" in state:
-        model.refit_probe = ClusterProbe(*state["refit_probe.centroids"].T.shape)
-    model.load_state_dict(state)
+    try:
+        if "hyper_parameters" in saved:
+            saved = from_authors(saved)
+        if saved["format"] != "stego 1":
+            raise KeyError("format")
+        state = saved["model"]
+        backbone = vit_from_state_dict({key.removeprefix("backbone."): value for key, value in state.items()
+                                        if key.startswith("backbone.")}, saved["num_heads"])
+        model = Stego(backbone, *state["cluster_probe.centroids"].T.shape, dropout=saved["dropout"], facet=saved["facet"],
+                      n_classes=len(state["linear_probe.weight"]) if "linear_probe.weight" in state else None)
+        if "refit_probe.centroids" in state:
+            model.refit_probe = ClusterProbe(*state["refit_probe.centroids"].T.shape)
+        model.load_state_dict(state)
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: neither a checkpoint of this program nor one of the authors' STEGO ({error})") from error
     return model.to(device).eval(), saved["config"]
