@@ -192,13 +192,18 @@ class VisionTransformer(nn.Module):
 def vit_from_state_dict(state, num_heads=None):
     """A VisionTransformer that holds `state`, its architecture read off the shapes.
 
-    state: DINO or DINOv2 names -> tensors. num_heads defaults to D // 64, which holds for every published DINO and
-    DINOv2 model. Raises InputError that names the key or shape which does not fit.
+    state: DINO, DINOv2 or timm names -> tensors. num_heads defaults to D // 64, which holds for every published DINO
+    and DINOv2 model. Raises InputError that names the key or shape which does not fit.
     """
     state = {key: value for key, value in state.items() if key != "mask_token"}  # DINOv2: used in pretraining only
+    if any("rope" in key or key == "storage_tokens" for key in state):
+        raise InputError("these are DINOv3 weights, whose rotary positions this ViT lacks; take DINO or DINOv2")
     missing = {"patch_embed.proj.weight", "pos_embed", "cls_token", "norm.weight"} - state.keys()
     if missing:
         raise InputError(f"not a DINO or DINOv2 ViT: the weights lack {', '.join(sorted(missing))}")
+    if "reg_token" in state:  # timm's name for the registers; it has added the class token's position to the token itself
+        state["register_tokens"] = state.pop("reg_token")
+        state["pos_embed"] = nnf.pad(state["pos_embed"], (0, 0, 1, 0))  # so that position is zero
     patch, pos = state["patch_embed.proj.weight"], state["pos_embed"]
     if patch.ndim != 4 or patch.shape[1] != 3 or patch.shape[2] != patch.shape[3]:
         raise InputError(f"patch_embed.proj.weight should be (D, 3, p, p), it is {tuple(patch.shape)}")
@@ -289,6 +294,9 @@ def read_tensors(path, device="cpu"):
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: there is no such file")
+    if str(path).endswith(".safetensors"):
+        raise InputError(f"{path}: safetensors files are not read; where that package is installed, convert it once with "
+                         f"torch.save(safetensors.torch.load_file({str(path)!r}), 'weights.pth')")
     try:
         try:
             return torch.load(path, map_location=device, weights_only=True)

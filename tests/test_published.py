@@ -245,3 +245,47 @@ def test_records_cannot_be_tampered_with_for_later_files(tmp_path):
     before = stego.Record.__init__
     changed = stego.read_records(tmp_path / "bad.ckpt")
     assert changed.__init__ is not before and stego.Record.__init__ is before
+
+
+# ---- backbones of others ----
+
+def randomised(**kwargs):
+    vit = stego.VisionTransformer(14, 128, 2, 2, image_size=70, layer_scale=True, **kwargs).eval()
+    for parameter in vit.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return vit
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_timm_names_give_the_same_features(registers, tmp_path):
+    vit = randomised(registers=registers)
+    state = dict(vit.state_dict())
+    if registers:  # timm folds the class token's position into the token
+        state["reg_token"] = state.pop("register_tokens")
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    backbone = stego.load_backbone(tmp_path / "pytorch_model.bin")
+    for size in (70, 98):
+        images = torch.randn(1, 3, size, 70)
+        torch.testing.assert_close(backbone(images), vit(images), rtol=0, atol=1e-5)
+
+
+def test_dino_training_checkpoint_may_hold_its_arguments(tmp_path):
+    state = randomised().state_dict()
+    torch.save({"teacher": {f"backbone.{key}": value for key, value in state.items()},
+                "args": argparse.Namespace(arch="vit_small", lr=5e-4)}, tmp_path / "checkpoint.pth")
+    loaded = stego.load_backbone(tmp_path / "checkpoint.pth").state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.items())
+
+
+def test_dinov3_and_safetensors_are_refused_with_a_way_out(tmp_path):
+    state = randomised().state_dict()
+    del state["pos_embed"]
+    state.update({"rope_embed.periods": torch.ones(16), "storage_tokens": torch.zeros(1, 4, 128)})
+    torch.save(state, tmp_path / "v3.pth")
+    with pytest.raises(stego.InputError, match="v3.pth: these are DINOv3 weights.*take DINO or DINOv2"):
+        stego.load_backbone(tmp_path / "v3.pth")
+    (tmp_path / "a.safetensors").write_bytes(b"12345678{}")
+    with pytest.raises(stego.InputError, match=r"a\.safetensors: .*convert it once with torch\.save"):
+        stego.load_backbone(tmp_path / "a.safetensors")
