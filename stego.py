@@ -18,9 +18,10 @@ head is trained so that two points have similar codes where their features corre
 """
 import collections
 import contextlib
+import hashlib
+import http.client
 import os
 import pickle
-import urllib.error
 import zipfile
 from pathlib import Path
 
@@ -311,29 +312,49 @@ def read_tensors(path, device="cpu"):
                          ) from error
 
 
+def download(url):
+    """The file of `url` in torch.hub's cache, fetched if it is not there. Raises InputError if that fails.
+
+    torch.hub takes a connection that broke off for the end of the file, so a file gets its name once it could be read.
+    """
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if file.is_file():
+        return file
+    print(f"downloading {url}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            torch.hub.download_url_to_file(url, temporary)  # shows its progress
+            read_tensors(temporary)
+    except (OSError, http.client.HTTPException, InputError) as error:
+        raise InputError(f"cannot download it ({error}); try again, or fetch {url} on another machine and put it into "
+                         f"{file.parent}/") from error
+    print(f"{file}: sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")  # nobody has published one to compare with
+    return file
+
+
 def load_backbone(name_or_path, device="cpu"):
     """A frozen VisionTransformer in eval mode.
 
-    name_or_path: a name of BACKBONES (downloaded once into torch.hub's cache) or a local .pth / .pt: a bare state
-    dict, or a DINO training checkpoint, of which the teacher is taken. Raises InputError that says what does not fit.
+    name_or_path: a name of BACKBONES (downloaded once into torch.hub's cache) or a local file: a bare state dict with
+    the names of DINO, DINOv2 or timm, or a DINO training checkpoint, of which the teacher is taken. Raises InputError
+    that says what does not fit.
     """
     source = BACKBONES.get(str(name_or_path), name_or_path)
-    if str(source).startswith("https://"):
-        try:
-            state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-        except (urllib.error.URLError, OSError) as error:
-            raise InputError(f"backbone {name_or_path}: cannot download it ({error}); fetch {source} on another machine "
-                             f"and put it into {torch.hub.get_dir()}/checkpoints/") from error
-    elif os.path.isfile(source):
-        state = read_tensors(source)
-    else:
+    remote = str(source).startswith(("https://", "http://"))
+    if not remote and not os.path.isfile(source):
         raise InputError(f"backbone {name_or_path}: neither a file nor one of {', '.join(BACKBONES)}")
-    if isinstance(state, dict) and isinstance(state.get("teacher"), dict):
-        state = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state["teacher"].items()}
-        state = {key: value for key, value in state.items() if not key.startswith("head.")}  # DINO's projection head
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"backbone {name_or_path}: not a state dict of tensors")
     try:
+        file = download(source) if remote else source
+        try:
+            state = read_tensors(file)
+        except InputError as error:
+            raise InputError(f"{error}; delete it, and the next run downloads it again" if remote else error) from error
+        if isinstance(state, dict) and isinstance(state.get("teacher"), dict):
+            state = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state["teacher"].items()}
+            state = {key: value for key, value in state.items() if not key.startswith("head.")}  # DINO's projection head
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise InputError("not a state dict of tensors")
         vit = vit_from_state_dict(state)
     except InputError as error:
         raise InputError(f"backbone {name_or_path}: {error}") from error

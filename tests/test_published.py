@@ -3,11 +3,14 @@ import argparse
 import collections
 import contextlib
 import functools
+import hashlib
+import http.server
 import importlib
 import json
 import operator
 import os
 import sys
+import threading
 import types
 import typing
 import zipfile
@@ -289,3 +292,68 @@ def test_dinov3_and_safetensors_are_refused_with_a_way_out(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"12345678{}")
     with pytest.raises(stego.InputError, match=r"a\.safetensors: .*convert it once with torch\.save"):
         stego.load_backbone(tmp_path / "a.safetensors")
+
+
+# ---- downloads ----
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server of one backbone "remote", torch.hub's cache in tmp_path. .answer: "whole", "half" or "error page"."""
+    content = tmp_path / "served.pth"
+    torch.save(randomised().state_dict(), content)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.requests += 1
+            body = b"<html>not here</html>" if server.answer == "error page" else content.read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:len(body) // 2] if server.answer == "half" else body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.requests, server.answer, server.file = 0, "whole", tmp_path / "checkpoints/vit.pth"
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        monkeypatch.setitem(stego.BACKBONES, "remote", f"http://127.0.0.1:{server.server_port}/vit.pth")
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_a_backbone_is_downloaded_once_and_its_sha256_printed(server, capsys):
+    stego.load_backbone("remote")
+    stego.load_backbone("remote")
+    digest = hashlib.sha256(server.file.read_bytes()).hexdigest()
+    assert server.requests == 1 and digest in capsys.readouterr().out
+    assert os.listdir(server.file.parent) == ["vit.pth"]
+
+
+@pytest.mark.parametrize("answer", ["half", "error page"])
+def test_a_download_that_went_wrong_is_not_kept(answer, server):
+    server.answer = answer
+    with pytest.raises(stego.InputError, match=r"backbone remote: cannot download it .*fetch http.*/vit\.pth on"):
+        stego.load_backbone("remote")
+    assert not server.file.exists()
+    server.answer = "whole"
+    assert stego.load_backbone("remote").patch_size == 14
+    assert os.listdir(server.file.parent) == ["vit.pth"]
+
+
+def test_a_broken_file_in_the_cache_is_named(server):
+    stego.load_backbone("remote")
+    os.truncate(server.file, server.file.stat().st_size // 2)
+    with pytest.raises(stego.InputError, match=r"vit\.pth: not a readable file.*; delete it, and the next run"):
+        stego.load_backbone("remote")
+
+
+def test_without_a_network_it_says_what_to_fetch_and_where_to_put_it(server, monkeypatch):
+    url = "http://127.0.0.1:9/vit.pth"  # nobody listens there
+    monkeypatch.setitem(stego.BACKBONES, "remote", url)
+    with pytest.raises(stego.InputError) as raised:
+        stego.load_backbone("remote")
+    assert url in str(raised.value) and f"put it into {server.file.parent}/" in str(raised.value)
