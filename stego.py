@@ -202,9 +202,9 @@ def vit_from_state_dict(state, num_heads=None):
     missing = {"patch_embed.proj.weight", "pos_embed", "cls_token", "norm.weight"} - state.keys()
     if missing:
         raise InputError(f"not a DINO or DINOv2 ViT: the weights lack {', '.join(sorted(missing))}")
-    if "reg_token" in state:  # timm's name for the registers; it has added the class token's position to the token itself
+    if "reg_token" in state:  # timm's registers; it has added the class token's position to the class token itself
         state["register_tokens"] = state.pop("reg_token")
-        state["pos_embed"] = nnf.pad(state["pos_embed"], (0, 0, 1, 0))  # so that position is zero
+        state["pos_embed"] = nnf.pad(state["pos_embed"], (0, 0, 1, 0))  # which leaves zero as its position
     patch, pos = state["patch_embed.proj.weight"], state["pos_embed"]
     if patch.ndim != 4 or patch.shape[1] != 3 or patch.shape[2] != patch.shape[3]:
         raise InputError(f"patch_embed.proj.weight should be (D, 3, p, p), it is {tuple(patch.shape)}")
@@ -230,109 +230,6 @@ def vit_from_state_dict(state, num_heads=None):
     return vit
 
 
-class Record:
-    """Stands for an object of a foreign class: what was stored in it, and nothing that it could do."""
-
-    def __init__(self, *args):
-        pass
-
-    def __setitem__(self, key, value):  # dictionaries of other kinds
-        vars(self)[key] = value
-
-
-# What other programs' checkpoints hold beside tensors and plain data, all of it read as Records: the authors' and DINO's
-# settings with the types of their values, and Lightning's callbacks.
-RECORD_PACKAGES = {"omegaconf", "pytorch_lightning", "lightning", "lightning_fabric", "torchmetrics", "typing"}
-RECORD_CLASSES = {"argparse.Namespace", "collections.defaultdict"} | {
-    f"{module}.{name}" for module in ("builtins", "__builtin__")  # as Python 3 and 2 call it
-    for name in ("bool", "int", "long", "float", "complex", "str", "unicode", "bytes", "list", "tuple", "dict", "set")}
-STORAGES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
-            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-            "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
-
-
-def read_records(path, device="cpu"):
-    """What torch.save put into a zip file: tensors, plain data, and Records of everything else it may hold.
-
-    No name in the file is ever looked up. Its pickle can call the two functions in here, OrderedDict and Record, none
-    of which does more than to hold what it is given. Raises InputError for a file that asks for any other.
-    """
-    with zipfile.ZipFile(path) as archive:
-        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-
-        def tensor(storage, offset, size, stride, *_):
-            return storage.as_strided(size, stride, offset)  # checked against the size of the storage
-
-        def parameter(data, *_):
-            return data
-
-        known = {"torch._utils._rebuild_tensor_v2": tensor, "torch._utils._rebuild_parameter": parameter,
-                 "collections.OrderedDict": collections.OrderedDict,
-                 **{f"torch.{name}": dtype for name, dtype in STORAGES.items()}}
-
-        class Reader(pickle.Unpickler):
-            def persistent_load(self, reference):
-                _, dtype, key, *_ = reference
-                content = bytearray(archive.read(f"{pickled.removesuffix('.pkl')}/{key}"))
-                return (torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)).to(device)
-
-            def find_class(self, module, name):
-                if f"{module}.{name}" in known:
-                    return known[f"{module}.{name}"]
-                if module.partition(".")[0] in RECORD_PACKAGES or f"{module}.{name}" in RECORD_CLASSES:
-                    return type("Record", (Record,), {})  # one of its own, so that it cannot be tampered with for others
-                raise InputError(f"{path}: refused, because it asks for {module}.{name}, which is neither tensors nor "
-                                 "settings; get the file from those who made it")
-
-        with archive.open(pickled) as file:
-            return Reader(file).load()
-
-
-def read_tensors(path, device="cpu"):
-    """What torch.save wrote, running no code from the file: tensors, plain data and Records.
-
-    Raises InputError for any other file, and for one that tries to run code.
-    """
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: there is no such file")
-    if str(path).endswith(".safetensors"):
-        raise InputError(f"{path}: safetensors files are not read; where that package is installed, convert it once with "
-                         f"torch.save(safetensors.torch.load_file({str(path)!r}), 'weights.pth')")
-    try:
-        try:
-            return torch.load(path, map_location=device, weights_only=True)
-        except pickle.UnpicklingError:  # more than tensors
-            if not zipfile.is_zipfile(path):
-                raise
-            return read_records(path, device)
-    except InputError:
-        raise
-    except Exception as error:  # whatever it is that bytes from anywhere lead to
-        raise InputError(f"{path}: not a readable file of PyTorch weights ({(str(error) or repr(error)).splitlines()[0]})"
-                         ) from error
-
-
-def download(url):
-    """The file of `url` in torch.hub's cache, fetched if it is not there. Raises InputError if that fails.
-
-    torch.hub takes a connection that broke off for the end of the file, so a file gets its name once it could be read.
-    """
-    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if file.is_file():
-        return file
-    print(f"downloading {url}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
-            torch.hub.download_url_to_file(url, temporary)  # shows its progress
-            read_tensors(temporary)
-    except (OSError, http.client.HTTPException, InputError) as error:
-        raise InputError(f"cannot download it ({error}); try again, or fetch {url} on another machine and put it into "
-                         f"{file.parent}/") from error
-    print(f"{file}: sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")  # nobody has published one to compare with
-    return file
-
-
 def load_backbone(name_or_path, device="cpu"):
     """A frozen VisionTransformer in eval mode.
 
@@ -349,9 +246,11 @@ def load_backbone(name_or_path, device="cpu"):
         try:
             state = read_tensors(file)
         except InputError as error:
-            raise InputError(f"{error}; delete it, and the next run downloads it again" if remote else error) from error
+            mend = "; delete that file, and the next run downloads it again" if remote else ""
+            raise InputError(f"{error}{mend}") from error
         if isinstance(state, dict) and isinstance(state.get("teacher"), dict):
-            state = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state["teacher"].items()}
+            state = {key.removeprefix("module.").removeprefix("backbone."): value
+                     for key, value in state["teacher"].items()}
             state = {key: value for key, value in state.items() if not key.startswith("head.")}  # DINO's projection head
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise InputError("not a state dict of tensors")
@@ -534,8 +433,95 @@ class Stego(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Checkpoints: one file that needs nothing else, the backbone and the configuration included
+# Files: what comes from elsewhere is read as data and never run as code; what is written is whole
 # ---------------------------------------------------------------------------------------------------------------
+
+class Record:
+    """Stands for an object of a foreign class: what was stored in it, and nothing that it could do."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):  # also keeps pickle from setting attributes of this class
+        if isinstance(state, dict):
+            vars(self).update(state)
+
+    def __setitem__(self, key, value):  # dictionaries of other kinds
+        vars(self)[key] = value
+
+
+# What other programs' checkpoints hold beside tensors and plain data, all of it read as Records: the authors' and DINO's
+# settings with the types of their values, Lightning's callbacks with their scores.
+RECORD_PACKAGES = {"omegaconf", "pytorch_lightning", "lightning", "lightning_fabric", "torchmetrics", "typing", "numpy"}
+RECORD_CLASSES = {"argparse.Namespace", "collections.defaultdict", "_codecs.encode"} | {
+    f"{module}.{name}" for module in ("builtins", "__builtin__")  # as Python 3 and 2 call it
+    for name in ("bool", "int", "long", "float", "complex", "str", "unicode", "bytes", "list", "tuple", "dict", "set")}
+STORAGES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+            "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+
+
+def read_records(path, device="cpu"):
+    """What torch.save put into a zip file: tensors, plain data, and Records of everything else it may hold.
+
+    No name in the file is ever looked up. Its pickle can call the two functions in here, OrderedDict and Record, none
+    of which does more than hold what it is given. Raises InputError for a file that asks for any other.
+    """
+    with zipfile.ZipFile(path) as archive:
+        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+
+        def tensor(storage, offset, size, stride, *_):
+            return storage.as_strided(size, stride, offset)  # checked against the size of the storage
+
+        def parameter(data, *_):
+            return data
+
+        known = {"torch._utils._rebuild_tensor_v2": tensor, "torch._utils._rebuild_parameter": parameter,
+                 "collections.OrderedDict": collections.OrderedDict,
+                 **{f"torch.{name}": dtype for name, dtype in STORAGES.items()}}
+
+        class Reader(pickle.Unpickler):
+            def persistent_load(self, reference):
+                _, dtype, key, *_ = reference
+                content = bytearray(archive.read(f"{pickled.removesuffix('.pkl')}/{key}"))
+                return (torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)).to(device)
+
+            def find_class(self, module, name):
+                if f"{module}.{name}" in known:
+                    return known[f"{module}.{name}"]
+                if module.partition(".")[0] in RECORD_PACKAGES or f"{module}.{name}" in RECORD_CLASSES:
+                    return Record
+                raise InputError(f"{path}: refused, because it asks for {module}.{name}, which is neither tensors nor "
+                                 "settings; get the file from those who made it")
+
+        with archive.open(pickled) as file:
+            return Reader(file).load()
+
+
+def read_tensors(path, device="cpu"):
+    """What torch.save wrote, running no code from the file: tensors, plain data and Records.
+
+    Raises InputError for any other file, and for one that tries to run code.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: there is no such file")
+    if str(path).endswith(".safetensors"):
+        raise InputError(f"{path}: safetensors files are not read; where that package is installed, convert it once with "
+                         f"torch.save(safetensors.torch.load_file({str(path)!r}), 'weights.pth')")
+    try:
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except pickle.UnpicklingError as error:  # more than tensors; torch goes on about how to run it all the same
+            if not zipfile.is_zipfile(path):
+                raise InputError(f"{path}: neither a zip file as torch.save writes it, nor tensors alone in its old "
+                                 "format; get the file from those who made it") from error
+            return read_records(path, device)
+    except InputError:
+        raise
+    except Exception as error:  # whatever it is that bytes from anywhere lead to
+        raise InputError(f"{path}: not a readable file of PyTorch weights ({(str(error) or repr(error)).splitlines()[0]})"
+                         ) from error
+
 
 @contextlib.contextmanager
 def replacing(path):
@@ -544,6 +530,31 @@ def replacing(path):
     yield temporary
     os.replace(temporary, path)
 
+
+def download(url):
+    """The file of `url` in torch.hub's cache, fetched if it is not there. Raises InputError if that fails.
+
+    torch.hub takes a connection that broke off for the end of the file, so a file gets its name once it could be read.
+    """
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if file.is_file():
+        return file
+    print(f"downloading {url}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            torch.hub.download_url_to_file(url, temporary)  # shows its progress
+            read_tensors(temporary)
+    except (OSError, http.client.HTTPException, InputError) as error:
+        raise InputError(f"cannot download it ({error}); try again, or fetch {url} on another machine and put it into "
+                         f"{file.parent}/") from error
+    print(f"{file}: sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")  # nobody has published one to compare with
+    return file
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints: one file that needs nothing else, the backbone and the configuration included
+# ---------------------------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, model, config, **training):
     """Writes model, config (a dict of plain values) and whatever training state a resumed run needs, atomically."""
@@ -566,7 +577,8 @@ AUTHORS_WEIGHTS = {"net.model.": "backbone.", "net.cluster1.0.": "head.linear.",
 def plain(value):
     """Settings without the nodes that omegaconf keeps them in: dicts, lists and scalars."""
     if isinstance(value, Record):
-        return plain(vars(value)["_content"] if "_content" in vars(value) else vars(value)["_val"])
+        fields = vars(value)  # of an inner node, of a leaf, or of something else
+        return plain(fields.get("_content", fields.get("_val", fields)))
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list) else value
@@ -580,7 +592,7 @@ def from_authors(saved):
     """
     state = {ours + key.removeprefix(theirs): value for key, value in saved["state_dict"].items()
              for theirs, ours in AUTHORS_WEIGHTS.items() if key.startswith(theirs)}
-    settings = plain(saved["hyper_parameters"]["cfg"])
+    settings = plain(saved["hyper_parameters"])["cfg"]
     config = {ours: settings[theirs] for ours, theirs in AUTHORS_SETTINGS.items() if theirs in settings}
     vit = f"vit{settings['model_type'].removeprefix('vit_')[0]}{settings['dino_patch_size']}"  # vits8, vitb8, ...
     preset = f"{config['dataset']}-{vit}"
