@@ -224,8 +224,9 @@ def test_a_file_that_asks_for_anything_but_tensors_and_settings_is_refused(name,
     bad = harmful(str(tmp_path / "executed"))[name]
     torch.save({"state_dict": bad, "hyper_parameters": {}, "teacher": bad}, tmp_path / "bad.ckpt",
                _use_new_zipfile_serialization=zipped)
+    reason = "refused, because it asks for" if zipped else "neither a zip"
     for load in (stego.load_checkpoint, stego.load_backbone):
-        with pytest.raises(stego.InputError, match="bad.ckpt: " + ("refused, because it asks for" if zipped else "neither a zip")):
+        with pytest.raises(stego.InputError, match=f"bad.ckpt: {reason}"):
             load(tmp_path / "bad.ckpt")
     assert not (tmp_path / "executed").exists()
 
