@@ -2,6 +2,7 @@
 
     python evaluate.py --checkpoint runs/scenes-1                                   # scores of its own data set
     python evaluate.py --checkpoint runs/scenes-1 --predict photos --out segmented
+    python evaluate.py --checkpoint cocostuff27_vit_base_5.ckpt --data-root data    # the authors' released model
     python evaluate.py --compare runs/*                                             # mean and spread over seeds
 
 Clusters carry no names: each is matched to one class by the Hungarian method on a single confusion matrix over the
@@ -821,9 +822,10 @@ def run(main):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="checkpoint.pt of a training run, or the run's folder")
+    parser.add_argument("--checkpoint", help="checkpoint.pt of a training run, the run's folder, or the authors' .ckpt")
     parser.add_argument("--predict", metavar="PHOTOS", help="segment this image, or all below this folder, of any size")
-    parser.add_argument("--out", metavar="FOLDER", help="where results go (default: eval-<split> beside the checkpoint)")
+    parser.add_argument("--out", metavar="FOLDER", help="where results go (default: eval-<split> beside checkpoint.pt, "
+                        "or in a folder named like the .ckpt)")
     parser.add_argument("--dataset", choices=data.DATASETS, help="default: the one it was trained on")
     parser.add_argument("--data-root", metavar="FOLDER", help="default: the one it was trained on")
     parser.add_argument("--split", default="val", help="val, train, or dev of the scenes (default val)")
@@ -876,7 +878,8 @@ def main():
         return
     collection = data.load_collection(args.dataset or config["dataset"], args.data_root or config["data_root"],
                                       args.split, config["num_classes"])
-    out = Path(args.out or path.parent / f"eval-{args.split}")
+    folder = path.with_suffix("") if path.suffix == ".ckpt" else path.parent  # several of the authors' lie side by side
+    out = Path(args.out or folder / f"eval-{args.split}")
     if args.baseline or args.correspondences:
         train = data.load_collection(config["dataset"], config["data_root"], "train", config["num_classes"])
         train_size = data.round_to_patch(config["resolution"], model.backbone.patch_size)

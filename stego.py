@@ -16,10 +16,13 @@ head is trained so that two points have similar codes where their features corre
 
 "As the authors' code" refers to github.com/mhamilton723/STEGO at commit eb4d6b5, below src/.
 """
+import collections
 import contextlib
+import hashlib
+import http.client
 import os
 import pickle
-import urllib.error
+import zipfile
 from pathlib import Path
 
 import torch
@@ -46,7 +49,7 @@ PRESETS = {
         dataset="scenes", backbone="vit_tiny_scenes", resolution=128, eval_resolution=128, crop="none",
         code_dim=70, batch_size=16, steps=400, center=False,
         lambda_self=1.0, lambda_knn=0.577453483136995, lambda_rand=0.9058762625226623,  # Cityscapes ViT-B's, as below:
-        b_self=0.45828472207, b_knn=0.1754346515479633, b_rand=0.31361241889448443),  # the best of those tried on the dev split
+        b_self=0.45828472207, b_knn=0.1754346515479633, b_rand=0.31361241889448443),  # the best of those tried on dev
     "cocostuff27-vitb8": dict(
         dataset="cocostuff27", backbone="dino_vitb8", crop="five", code_dim=90, batch_size=32, steps=7000, center=True,
         lambda_self=0.1, lambda_knn=1.0, lambda_rand=0.1538476246415498, b_self=0.12, b_knn=0.2, b_rand=1.0),
@@ -191,13 +194,18 @@ class VisionTransformer(nn.Module):
 def vit_from_state_dict(state, num_heads=None):
     """A VisionTransformer that holds `state`, its architecture read off the shapes.
 
-    state: DINO or DINOv2 names -> tensors. num_heads defaults to D // 64, which holds for every published DINO and
-    DINOv2 model. Raises InputError that names the key or shape which does not fit.
+    state: DINO, DINOv2 or timm names -> tensors. num_heads defaults to D // 64, which holds for every published DINO
+    and DINOv2 model. Raises InputError that names the key or shape which does not fit.
     """
     state = {key: value for key, value in state.items() if key != "mask_token"}  # DINOv2: used in pretraining only
+    if any("rope" in key or key == "storage_tokens" for key in state):
+        raise InputError("these are DINOv3 weights, whose rotary positions this ViT lacks; take DINO or DINOv2")
     missing = {"patch_embed.proj.weight", "pos_embed", "cls_token", "norm.weight"} - state.keys()
     if missing:
         raise InputError(f"not a DINO or DINOv2 ViT: the weights lack {', '.join(sorted(missing))}")
+    if "reg_token" in state:  # timm's registers; it has added the class token's position to the class token itself
+        state["register_tokens"] = state.pop("reg_token")
+        state["pos_embed"] = nnf.pad(state["pos_embed"], (0, 0, 1, 0))  # which leaves zero as its position
     patch, pos = state["patch_embed.proj.weight"], state["pos_embed"]
     if patch.ndim != 4 or patch.shape[1] != 3 or patch.shape[2] != patch.shape[3]:
         raise InputError(f"patch_embed.proj.weight should be (D, 3, p, p), it is {tuple(patch.shape)}")
@@ -223,39 +231,30 @@ def vit_from_state_dict(state, num_heads=None):
     return vit
 
 
-def read_tensors(path, device="cpu"):
-    """torch.load that runs no code from the file. Raises InputError for anything but tensors and plain data."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: there is no such file")
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: not a readable file of PyTorch weights ({str(error).splitlines()[0]})") from error
-
-
 def load_backbone(name_or_path, device="cpu"):
     """A frozen VisionTransformer in eval mode.
 
-    name_or_path: a name of BACKBONES (downloaded once into torch.hub's cache) or a local .pth / .pt: a bare state
-    dict, or a DINO training checkpoint, of which the teacher is taken. Raises InputError that says what does not fit.
+    name_or_path: a name of BACKBONES (downloaded once into torch.hub's cache) or a local file: a bare state dict with
+    the names of DINO, DINOv2 or timm, or a DINO training checkpoint, of which the teacher is taken. Raises InputError
+    that says what does not fit.
     """
     source = BACKBONES.get(str(name_or_path), name_or_path)
-    if str(source).startswith("https://"):
-        try:
-            state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-        except (urllib.error.URLError, OSError) as error:
-            raise InputError(f"backbone {name_or_path}: cannot download it ({error}); fetch {source} on another machine "
-                             f"and put it into {torch.hub.get_dir()}/checkpoints/") from error
-    elif os.path.isfile(source):
-        state = read_tensors(source)
-    else:
+    remote = str(source).startswith(("https://", "http://"))
+    if not remote and not os.path.isfile(source):
         raise InputError(f"backbone {name_or_path}: neither a file nor one of {', '.join(BACKBONES)}")
-    if isinstance(state, dict) and isinstance(state.get("teacher"), dict):
-        state = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state["teacher"].items()}
-        state = {key: value for key, value in state.items() if not key.startswith("head.")}  # DINO's projection head
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"backbone {name_or_path}: not a state dict of tensors")
     try:
+        file = download(source) if remote else source
+        try:
+            state = read_tensors(file)
+        except InputError as error:
+            mend = "; delete that file, and the next run downloads it again" if remote else ""
+            raise InputError(f"{error}{mend}") from error
+        if isinstance(state, dict) and isinstance(state.get("teacher"), dict):
+            state = {key.removeprefix("module.").removeprefix("backbone."): value
+                     for key, value in state["teacher"].items()}
+            state = {key: value for key, value in state.items() if not key.startswith("head.")}  # DINO's projection head
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise InputError("not a state dict of tensors")
         vit = vit_from_state_dict(state)
     except InputError as error:
         raise InputError(f"backbone {name_or_path}: {error}") from error
@@ -456,8 +455,95 @@ class Stego(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Checkpoints: one file that needs nothing else, the backbone and the configuration included
+# Files: what comes from elsewhere is read as data and never run as code; what is written is whole
 # ---------------------------------------------------------------------------------------------------------------
+
+class Record:
+    """Stands for an object of a foreign class: what was stored in it, and nothing that it could do."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):  # also keeps pickle from setting attributes of this class
+        if isinstance(state, dict):
+            vars(self).update(state)
+
+    def __setitem__(self, key, value):  # dictionaries of other kinds
+        vars(self)[key] = value
+
+
+# What other programs' checkpoints hold beside tensors and plain data, all of it read as Records: the authors' and DINO's
+# settings with the types of their values, Lightning's callbacks with their scores.
+RECORD_PACKAGES = {"omegaconf", "pytorch_lightning", "lightning", "lightning_fabric", "torchmetrics", "typing", "numpy"}
+RECORD_CLASSES = {"argparse.Namespace", "collections.defaultdict", "_codecs.encode"} | {
+    f"{module}.{name}" for module in ("builtins", "__builtin__")  # as Python 3 and 2 call it
+    for name in ("bool", "int", "long", "float", "complex", "str", "unicode", "bytes", "list", "tuple", "dict", "set")}
+STORAGES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+            "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+
+
+def read_records(path, device="cpu"):
+    """What torch.save put into a zip file: tensors, plain data, and Records of everything else it may hold.
+
+    No name in the file is ever looked up. Its pickle can call the two functions in here, OrderedDict and Record, none
+    of which does more than hold what it is given. Raises InputError for a file that asks for any other.
+    """
+    with zipfile.ZipFile(path) as archive:
+        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+
+        def tensor(storage, offset, size, stride, *_):
+            return storage.as_strided(size, stride, offset)  # checked against the size of the storage
+
+        def parameter(data, *_):
+            return data
+
+        known = {"torch._utils._rebuild_tensor_v2": tensor, "torch._utils._rebuild_parameter": parameter,
+                 "collections.OrderedDict": collections.OrderedDict,
+                 **{f"torch.{name}": dtype for name, dtype in STORAGES.items()}}
+
+        class Reader(pickle.Unpickler):
+            def persistent_load(self, reference):
+                _, dtype, key, *_ = reference
+                content = bytearray(archive.read(f"{pickled.removesuffix('.pkl')}/{key}"))
+                return (torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)).to(device)
+
+            def find_class(self, module, name):
+                if f"{module}.{name}" in known:
+                    return known[f"{module}.{name}"]
+                if module.partition(".")[0] in RECORD_PACKAGES or f"{module}.{name}" in RECORD_CLASSES:
+                    return Record
+                raise InputError(f"{path}: refused, because it asks for {module}.{name}, which is neither tensors nor "
+                                 "settings; get the file from those who made it")
+
+        with archive.open(pickled) as file:
+            return Reader(file).load()
+
+
+def read_tensors(path, device="cpu"):
+    """What torch.save wrote, running no code from the file: tensors, plain data and Records.
+
+    Raises InputError for any other file, and for one that tries to run code.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: there is no such file")
+    if str(path).endswith(".safetensors"):
+        raise InputError(f"{path}: safetensors files are not read; where that package is installed, convert it once with "
+                         f"torch.save(safetensors.torch.load_file({str(path)!r}), 'weights.pth')")
+    try:
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except pickle.UnpicklingError as error:  # more than tensors; torch goes on about how to run it all the same
+            if not zipfile.is_zipfile(path):
+                raise InputError(f"{path}: neither a zip file as torch.save writes it, nor tensors alone in its old "
+                                 "format; get the file from those who made it") from error
+            return read_records(path, device)
+    except InputError:
+        raise
+    except Exception as error:  # whatever it is that bytes from anywhere lead to
+        raise InputError(f"{path}: not a readable file of PyTorch weights ({(str(error) or repr(error)).splitlines()[0]})"
+                         ) from error
+
 
 @contextlib.contextmanager
 def replacing(path):
@@ -467,6 +553,31 @@ def replacing(path):
     os.replace(temporary, path)
 
 
+def download(url):
+    """The file of `url` in torch.hub's cache, fetched if it is not there. Raises InputError if that fails.
+
+    torch.hub takes a connection that broke off for the end of the file, so a file gets its name once it could be read.
+    """
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if file.is_file():
+        return file
+    print(f"downloading {url}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            torch.hub.download_url_to_file(url, temporary)  # shows its progress
+            read_tensors(temporary)
+    except (OSError, http.client.HTTPException, InputError) as error:
+        raise InputError(f"cannot download it ({error}); try again, or fetch {url} on another machine and put it into "
+                         f"{file.parent}/") from error
+    print(f"{file}: sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")  # nobody has published one to compare with
+    return file
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints: one file that needs nothing else, the backbone and the configuration included
+# ---------------------------------------------------------------------------------------------------------------
+
 def save_checkpoint(path, model, config, **training):
     """Writes model, config (a dict of plain values) and whatever training state a resumed run needs, atomically."""
     with replacing(path) as temporary:
@@ -474,17 +585,69 @@ def save_checkpoint(path, model, config, **training):
                     "num_heads": model.backbone.num_heads, "dropout": model.head.dropout.p, "training": training}, temporary)
 
 
+# Settings under their names here and in the authors' configs/train_config.yml. theirs: pos_intra is the image itself,
+# pos_inter a nearest neighbour, neg_inter the other images.
+AUTHORS_SETTINGS = dict(
+    dataset="dataset_name", crop="crop_type", resolution="res", code_dim="dim", batch_size="batch_size", steps="max_steps",
+    lr="lr", neighbors="num_neighbors", center="pointwise", zero_clamp="zero_clamp", stabilize="stabalize",
+    lambda_self="pos_intra_weight", lambda_knn="pos_inter_weight", lambda_rand="neg_inter_weight",
+    b_self="pos_intra_shift", b_knn="pos_inter_shift", b_rand="neg_inter_shift")
+AUTHORS_WEIGHTS = {"net.model.": "backbone.", "net.cluster1.0.": "head.linear.", "net.cluster2.": "head.nonlinear.",
+                   "linear_probe.": "linear_probe.", "cluster_probe.clusters": "cluster_probe.centroids"}
+
+
+def plain(value):
+    """Settings without the nodes that omegaconf keeps them in: dicts, lists and scalars."""
+    if isinstance(value, Record):
+        fields = vars(value)  # of an inner node, of a leaf, or of something else
+        return plain(fields.get("_content", fields.get("_val", fields)))
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def from_authors(saved):
+    """What save_checkpoint would have written of a model that the authors' code trained.
+
+    saved: their Lightning checkpoint. What only training needs is left out, and so is their decoder, which nothing
+    reads. Raises LookupError, TypeError or AttributeError for another program's.
+    """
+    state = {ours + key.removeprefix(theirs): value for key, value in saved["state_dict"].items()
+             for theirs, ours in AUTHORS_WEIGHTS.items() if key.startswith(theirs)}
+    settings = plain(saved["hyper_parameters"])["cfg"]
+    config = {ours: settings[theirs] for ours, theirs in AUTHORS_SETTINGS.items() if theirs in settings}
+    vit = f"vit{settings['model_type'].removeprefix('vit_')[0]}{settings['dino_patch_size']}"  # vits8, vitb8, ...
+    preset = f"{config['dataset']}-{vit}"
+    config.update(
+        preset=preset if preset in PRESETS else None, data_root=None,  # theirs is a folder of the machine it was trained on
+        backbone=f"dino_{vit}_300ep" if vit == "vits8" else f"dino_{vit}", crop=config.get("crop") or "none",
+        num_classes=len(state["linear_probe.weight"]), num_clusters=len(state["cluster_probe.centroids"]),
+        eval_resolution=320,  # as the authors' code, configs/eval_config.yml
+        facet={"feat": "token", "KK": "key"}[settings["dino_feat_type"]], dropout=0.1)
+    return {"format": "stego 1", "config": config, "model": state, "facet": config["facet"], "num_heads": None,
+            "dropout": config["dropout"]}
+
+
 def load_checkpoint(path, device="cpu"):
-    """(model in eval mode, config) from save_checkpoint's file. Raises InputError for any other file."""
+    """(model in eval mode, config) from save_checkpoint's file, or from one of the authors' (.ckpt).
+
+    Theirs has all that evaluation needs: weights, classes and settings, without a refit_probe. Raises InputError for any
+    other file.
+    """
     saved = read_tensors(path, device)
-    if not isinstance(saved, dict) or saved.get("format") != "stego 1":
-        raise InputError(f"{path}: not a checkpoint of this program")
-    state = saved["model"]
-    backbone = vit_from_state_dict({key.removeprefix("backbone."): value for key, value in state.items()
-                                    if key.startswith("backbone.")}, saved["num_heads"])
-    model = Stego(backbone, *state["cluster_probe.centroids"].T.shape, dropout=saved["dropout"], facet=saved["facet"],
-                  n_classes=len(state["linear_probe.weight"]) if "linear_probe.weight" in state else None)
-    if "refit_probe.centroids" in state:
-        model.refit_probe = ClusterProbe(*state["refit_probe.centroids"].T.shape)
-    model.load_state_dict(state)
+    try:
+        if "hyper_parameters" in saved:
+            saved = from_authors(saved)
+        if saved["format"] != "stego 1":
+            raise KeyError("format")
+        state = saved["model"]
+        backbone = vit_from_state_dict({key.removeprefix("backbone."): value for key, value in state.items()
+                                        if key.startswith("backbone.")}, saved["num_heads"])
+        model = Stego(backbone, *state["cluster_probe.centroids"].T.shape, dropout=saved["dropout"], facet=saved["facet"],
+                      n_classes=len(state["linear_probe.weight"]) if "linear_probe.weight" in state else None)
+        if "refit_probe.centroids" in state:
+            model.refit_probe = ClusterProbe(*state["refit_probe.centroids"].T.shape)
+        model.load_state_dict(state)
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: neither a checkpoint of this program nor one of the authors' STEGO ({error})") from error
     return model.to(device).eval(), saved["config"]
