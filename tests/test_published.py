@@ -132,7 +132,7 @@ def test_authors_settings_get_our_names_and_are_those_of_the_preset(attribute_di
     assert {key: config[key] for key in preset} == preset
     assert json.loads(json.dumps(config)) == config  # plain values
     assert {key: config[key] for key in config.keys() - preset.keys()} == dict(
-        dataset="cocostuff27", preset="cocostuff27-vitb8", data_root=None, num_classes=5, num_clusters=7, resolution=224,
+        preset="cocostuff27-vitb8", data_root=None, num_classes=5, num_clusters=7, resolution=224,
         eval_resolution=320, facet="token", dropout=0.1, lr=5e-4, neighbors=7, zero_clamp=True, stabilize=False)
 
 
