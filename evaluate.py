@@ -218,13 +218,16 @@ def baseline_probes(features, code_dim, n_clusters, n_classes, steps, seed, devi
 # ---------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def correspondences(features, neighbors, head, center, device, n_batches=10, batch_size=16, n_points=11, seed=0):
+def correspondences(features, neighbors, head, center, device, dropout=0.0, n_batches=10, batch_size=16, n_points=11,
+                    seed=0):
     """F, S and equality of class of the pairs of points that the three terms of the loss compare.
 
-    features, neighbors: of the training views. Returns {"self", "knn", "rand"} -> (F, S, same), each flat; same is None
-    without labels; with them, pairs with a void point are left out.
+    features, neighbors: of the training views. dropout: of the channels of the features that F is computed from, as in
+    training; it lowers F. Returns {"self", "knn", "rand"} -> (F, S, same), each flat; same is None without labels; with
+    them, pairs with a void point are left out.
     """
     generator, found = torch.Generator().manual_seed(seed), {"self": [], "knn": [], "rand": []}
+    torch.manual_seed(seed)  # for the dropout
     n, k = neighbors.shape
     for _ in range(n_batches):
         images = torch.randint(n, (min(batch_size, n),), generator=generator)
@@ -243,7 +246,7 @@ def correspondences(features, neighbors, head, center, device, n_batches=10, bat
                 x, y = ((points[term] + 1) / 2 * (torch.tensor([w, h]) - 1) + 0.5).unbind(3)
                 x, y = (x * labels.shape[2] / w).long(), (y * labels.shape[1] / h).long()
                 labels = labels[torch.arange(len(images))[:, None, None], y, x]
-            read[term] = sample(maps, at), sample(head(maps), at), labels
+            read[term] = sample(nnf.dropout2d(maps, dropout), at), sample(head(maps), at), labels
         f, s, label = read["self"]
         for term, (f_other, s_other, label_other) in read.items():
             F, S = feature_correspondence(f, f_other, center).cpu(), correlation(s, s_other).cpu()
@@ -269,16 +272,30 @@ def precision_recall(similarity, same, n_points=200):
     return (hit.cumsum(0) / hit.sum())[chosen].tolist(), precision[chosen].tolist(), average.item()
 
 
-def diagnose(codes, probe):
-    """Unlabelled health of trained codes (n, K): effective rank, and the share of each cluster of `probe`.
+@torch.no_grad()
+def diagnose(codes, probe, pairs, shifts):
+    """Health of trained codes (n, K), from unlabelled evidence alone, and a sentence for each thing that is wrong.
 
-    The effective rank is exp of the entropy of the codes' principal variances: how many directions they really use.
+    effective_rank: exp of the entropy of the codes' principal variances, how many directions they really use.
+    compactness: mean cosine of a code with its centroid of `probe`. largest_cluster: the share of the largest one.
+    attract: shares of the pairs (see correspondences) whose F is above the shift. Returns (dict, sentences).
     """
-    variances = torch.linalg.svdvals(codes - codes.mean(0)).square()
+    variances = torch.linalg.svdvals(nnf.normalize(codes, dim=1)).square()
     share = variances / variances.sum()
-    sizes = torch.bincount(probe(codes[:, :, None, None]).argmax(1).flatten(), minlength=len(probe.centroids))
-    return {"effective_rank": round(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item(), 2),
-            "cluster_shares": [round(size / len(codes), 4) for size in sizes.tolist()]}
+    similarity, nearest = probe(codes[:, :, None, None]).flatten(1).max(1)
+    health = {"effective_rank": torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item(),
+              "compactness": similarity.mean().item(),
+              "largest_cluster": torch.bincount(nearest).max().item() / len(codes)}
+    health.update({f"attract_{term}": (F > shift).float().mean().item()
+                   for (term, (F, _, _)), shift in zip(pairs.items(), shifts)})
+    wrong = []
+    if health["effective_rank"] < 1.5 or health["largest_cluster"] > 0.9:
+        wrong.append("the codes collapsed, nearly all look alike: raise the shifts (--b-self, --b-knn, --b-rand), so that "
+                     "fewer pairs attract")
+    elif health["compactness"] < 0.5:
+        wrong.append("the codes hardly cluster: train longer (--steps), or lower the shifts (--b-self, --b-knn), so that "
+                     "more pairs attract")
+    return {name: round(value, 4) for name, value in health.items()}, wrong
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -395,6 +395,69 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Shifts without tuning: as many pairs attract as seem to show the same class
+# ---------------------------------------------------------------------------------------------------------------
+
+def transitivity(F, pairs, rates):
+    """How nearly "a and b correspond" is transitive, as "a and b have the same class" is, for several shares of pairs.
+
+        T = P(F_ab > b | F_ac > b, F_cb > b)        kappa = (T - rate) / (1 - rate)
+
+    where b is the shift above which a share `rate` of the pairs lies: of the paths from a over any c to b, the share
+    whose ends correspond, too, corrected for chance. 1: an equivalence relation, 0: none.
+    F: (G, m, m), cosines of the m points of each of G groups, -2 where two points are not to be joined. pairs: (G or 1,
+    m, m) bool, the pairs that are counted. Returns one kappa for each of the rates.
+    """
+    ranked = F[pairs.expand_as(F)].sort(descending=True).values
+    kappas = []
+    for rate in rates:
+        joined = (F > ranked[int(rate * len(ranked))]).float()
+        paths = joined @ joined * pairs  # their number from each point to each
+        T = ((paths * joined).sum() / paths.sum().clamp(min=1)).item()
+        kappas.append((T - rate) / (1 - rate))
+    return kappas
+
+
+@torch.no_grad()
+def same_class_rates(maps, neighbors, seed=0, n_images=48, n_points=128, n_rand=384):
+    """Shares of the self, knn and rand pairs of points that show the same class, estimated from features alone.
+
+    Transitivity (see above) hardly changes while the shift cuts inside the classes and falls once it joins different
+    ones: the estimate is the largest rate that keeps `tolerance` of the best kappa.
+
+    maps: (N, D, h, w), anything that indexes to it. neighbors: (N, k). Seconds on a CPU. Deterministic per seed.
+    """
+    generator, n = torch.Generator().manual_seed(seed), len(maps)
+
+    def points(images, count):  # unit features at distinct random positions of each image, (images, count, D)
+        vectors = nnf.normalize(maps[images].float().flatten(2).transpose(1, 2), dim=2)
+        positions = torch.rand(vectors.shape[:2], generator=generator).argsort(1)[:, :count].to(vectors.device)
+        return vectors.gather(1, positions[..., None].expand(-1, -1, vectors.shape[2]))
+
+    x = torch.randperm(n, generator=generator)[:n_images]
+    x_knn = neighbors[x, torch.randint(neighbors.shape[1], x.shape, generator=generator)]
+    a, b = points(x, n_points), points(x_knn, n_points)
+    many = torch.randperm(n, generator=generator)[:n_rand]
+    c = torch.cat([points(some, 4 * -(-n_rand // len(many))) for some in many.split(64)])
+    image = torch.arange(len(c), device=c.device).repeat_interleave(c.shape[1])
+    half = torch.arange(2 * a.shape[1], device=a.device) < a.shape[1]
+
+    estimates = []
+    for groups, of, allowed, tolerance in ((a, torch.arange(a.shape[1], device=a.device), None, 0.90),
+                                           (torch.cat([a, b], 1), half, None, 0.90),
+                                           (c.flatten(0, 1)[None], image, True, 0.975)):
+        pairs = (of[:, None] != of[None])[None]
+        F = groups @ groups.transpose(1, 2)
+        F = F.masked_fill(~pairs if allowed else torch.eye(F.shape[1], dtype=torch.bool, device=F.device), -2)
+        rates = [percent / 100 for percent in range(5, 81)]
+        kappas = transitivity(F, pairs, rates)
+        best = kappas.index(max(kappas))
+        beyond = [i for i in range(best, len(rates)) if kappas[i] < tolerance * kappas[best]]
+        estimates.append(rates[beyond[0] - 1 if beyond else -1])
+    return tuple(estimates)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Probes, trained on detached codes: they read the codes and teach the head nothing
 # ---------------------------------------------------------------------------------------------------------------
 

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from stego import (BACKBONES, PRESETS, InputError, Stego, linear_probe_loss, load_backbone, read_tensors, save_checkpoint,
-                   stego_loss)
+from stego import (BACKBONES, PRESETS, InputError, Stego, linear_probe_loss, load_backbone, read_tensors, same_class_rates,
+                   save_checkpoint, stego_loss)
 
 # What holds where neither --preset nor an option says otherwise. The scenes have a preset of their own in stego.py.
 DEFAULTS = dict(
@@ -36,12 +36,16 @@ DEFAULTS = dict(
     backbone="dino_vits8", facet="token", code_dim=70, dropout=0.1,
     precision="auto",  # of the frozen backbone; the rest is float32
     num_clusters=None,  # one for each class
-    # objective: weights and shifts of the paper's Cityscapes model, which hold up best on other collections
+    # objective: weights of the paper's Cityscapes model; shifts from the share of pairs that attract, which is estimated
     lambda_self=1.0, lambda_knn=0.577453483136995, lambda_rand=0.9058762625226623,
-    b_self=0.45828472207, b_knn=0.1754346515479633, b_rand=0.31361241889448443,
+    b_self="auto", b_knn="auto", b_rand="auto", same_class=None,
     center=False, zero_clamp=True, stabilize=False, neighbors=7,
     # run
     batch_size=16, steps=2000, lr=5e-4, probe_lr=5e-3, seed=0, crf=True)
+
+
+def shift(text):
+    return text if text == "auto" else float(text)
 
 
 def parse_args():
@@ -78,8 +82,12 @@ def parse_args():
     group = parser.add_argument_group("objective")
     for term, meaning in (("self", "the image itself"), ("knn", "a nearest neighbour"), ("rand", "random images")):
         group.add_argument(f"--lambda-{term}", type=float, help=f"weight of the pairs with {meaning}")
-        group.add_argument(f"--b-{term}", type=float, help="their shift: features that correspond more than this attract, "
-                           "the others repel; raise it if the codes collapse into one cluster, lower it if they scatter")
+        group.add_argument(f"--b-{term}", type=shift, help="their shift: features that correspond more than this attract, the "
+                           "others repel; raise it if the codes collapse into one cluster, lower it if they scatter; auto "
+                           "(default without a preset): from the features alone")
+    group.add_argument("--same-class", type=float, nargs=3, metavar="SHARE", help="instead of shifts, if you know the "
+                       "collection: the shares of the pairs of points of an image, of an image and its neighbour, and of two "
+                       "random images that show the same class, like 0.5 0.4 0.1")
     group.add_argument("--center", action=switch, help="centre the feature correspondences spatially")
     group.add_argument("--zero-clamp", action=switch, help="clamp the code correspondences at zero")
     group.add_argument("--stabilize", action=switch, help="and at 0.8 from above")
@@ -87,6 +95,8 @@ def parse_args():
 
     group = parser.add_argument_group("run")
     group.add_argument("--name", help="results go into runs/<name> (default: the data set's name, numbered)")
+    group.add_argument("--seeds", type=int, default=1, help="train so many heads, with seeds from --seed on, and print their "
+                       "mean and spread (default 1)")
     group.add_argument("--resume", action="store_true", default=False, help="go on with the run of that name")
     group.add_argument("--steps", type=int, help="training steps (default 2000)")
     group.add_argument("--batch-size", type=int, help="images in a step, each with a neighbour, over all processes (default 16)")
@@ -103,7 +113,7 @@ def parse_args():
     for key in ("data_root", "backbone"):  # a run can be resumed and evaluated from another folder
         if os.path.exists(given.get(key, "")) and given[key] not in BACKBONES:
             given[key] = os.path.abspath(given[key])
-    names = "name resume features cache_gb cache_dir device workers checkpoint_every log_every".split()
+    names = "name seeds resume features cache_gb cache_dir device workers checkpoint_every log_every".split()
     options = argparse.Namespace(**{name: given.pop(name, None) for name in names})
     return given, options
 
@@ -114,6 +124,8 @@ def resolve(given):
     if "preset" not in given and given.get("dataset", "directory" if "data_root" in given else "scenes") == "scenes":
         given["preset"] = "scenes"
     config = {**DEFAULTS, **PRESETS.get(given.get("preset"), {}), **given}
+    if config["same_class"] and {"b_self", "b_knn", "b_rand"} & given.keys():
+        raise InputError("--same-class sets all shifts: leave --b-self, --b-knn and --b-rand out")
     if config["dataset"] == "scenes" and config["data_root"]:
         raise InputError("--data-root: the scenes are drawn, not read; for images of yours add --dataset directory")
     return config
@@ -146,6 +158,9 @@ def check(config):
             raise InputError(f"--{key.replace('_', '-')} must be 1 to {data.VOID}, it is {config[key]}")
     if config["batch_size"] < 2:
         raise InputError("--batch-size must be at least 2: the negatives are the other images of the batch")
+    for share in config["same_class"] or []:
+        if not 0 < share < 1:
+            raise InputError(f"--same-class takes shares between 0 and 1, not {share}")
     if not 0 <= config["dropout"] < 1:
         raise InputError(f"--dropout must be in [0, 1), it is {config['dropout']}")
 
@@ -185,9 +200,8 @@ class Objective(torch.nn.Module):
         return loss + terms["cluster"] + terms.get("linear", 0), terms
 
 
-def main():
-    given, options = parse_args()
-    data.join_processes()
+def run(given, options, name):
+    """One run, from settings to pictures. Returns its folder."""
     rank, world = data.process()
     seconds, started = {}, time.perf_counter()
 
@@ -198,7 +212,7 @@ def main():
 
     # ---- settings ----
     config = resolve(given)
-    folder = data.gathered(run_folder(options.name, config["dataset"], options.resume))[0]
+    folder = data.gathered(run_folder(name, config["dataset"], options.resume))[0]
     if options.resume:
         config = json.loads((folder / "config.json").read_text())
         different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items()
@@ -220,7 +234,8 @@ def main():
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         data.write_text(folder / "config.json", json.dumps(config, indent=1))
-    print(textwrap.fill(f"{folder} on {device}{f' x {world} processes' * (world > 1)}: " + ", ".join(f"{key} {value}" for key, value in config.items()), 110))
+    print(textwrap.fill(f"{folder} on {device}{f' x {world} processes' * (world > 1)}: "
+                        + ", ".join(f"{key} {value}" for key, value in config.items()), 110))
     print(f"{len(train)} training images, {'labelled' if train.has_labels else 'no labels: clusters and pictures only'}; "
           f"{len(val)} images to evaluate" + " (the training images: there is no val)" * (val.split == "train"))
 
@@ -244,15 +259,35 @@ def main():
     # ---- model ----
     torch.manual_seed(config["seed"])
     model = Stego(backbone, config["code_dim"], config["num_clusters"], train.n_classes if train.has_labels else None,
-                  config["dropout"], config["facet"]).to(device)
+                  config["dropout"], config["facet"]).to(device).eval()
     model.bfloat16 = bfloat16
     optimizers = {"head": torch.optim.Adam(model.head.parameters(), lr=config["lr"]),
                   "cluster_probe": torch.optim.Adam(model.cluster_probe.parameters(), lr=config["probe_lr"])}
     if model.linear_probe:
         optimizers["linear_probe"] = torch.optim.Adam(model.linear_probe.parameters(), lr=config["probe_lr"])
+
+    # ---- shifts: the feature correspondence above which a pair attracts ----
+    pair_options = dict(device=device, center=config["center"], dropout=config["dropout"], seed=config["seed"])
+    if "shifts" not in config:  # a resumed run keeps them
+        given_shifts = [config["b_self"], config["b_knn"], config["b_rand"]]
+        if config["same_class"] or "auto" in given_shifts:
+            rates = config["same_class"] or same_class_rates(features.maps, neighbors, config["seed"])
+            pairs = evaluate.correspondences(features, neighbors, model.head, **pair_options)
+            print("shares of pairs that attract (self, knn, rand):", ", ".join(f"{100 * rate:.0f} %" for rate in rates))
+            if train.has_labels:
+                print("shares of pairs of one class, by the labels: " + ", ".join(
+                    f"{100 * same.float().mean():.0f} %" for _, _, same in pairs.values()))
+            quantiles = [F.quantile(1 - rate).item() for (F, _, _), rate in zip(pairs.values(), rates)]
+            given_shifts = [quantile if config["same_class"] or shift == "auto" else shift
+                            for quantile, shift in zip(quantiles, given_shifts)]
+            print("shifts: " + ", ".join(f"{shift:.3f}" for shift in given_shifts))
+        config["shifts"] = data.gathered(given_shifts)[0]
+        if rank == 0:
+            data.write_text(folder / "config.json", json.dumps(config, indent=1))
+    stage_done("shifts")
+
     objective = Objective(model, lambdas=(config["lambda_self"], config["lambda_knn"], config["lambda_rand"]),
-                          shifts=(config["b_self"], config["b_knn"], config["b_rand"]),
-                          **{key: config[key] for key in ("center", "zero_clamp", "stabilize")})
+                          shifts=config["shifts"], **{key: config[key] for key in ("center", "zero_clamp", "stabilize")})
     if world > 1:
         objective = torch.nn.parallel.DistributedDataParallel(objective)  # averages the gradients
 
@@ -265,10 +300,11 @@ def main():
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(saved["training"]["optimizers"][name])
         print(f"resumed at step {first_step}")
-    # What was logged after the checkpoint is done again; a kill may have cut the last line.
+    # What was logged after the checkpoint is done again, and so is the health; a kill may have cut the last line.
     lines = log.read_text().rpartition("\n")[0].splitlines() if log.is_file() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= first_step and "self" in json.loads(line)]
     if rank == 0:
-        data.write_text(log, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= first_step))
+        data.write_text(log, "".join(f"{line}\n" for line in kept))
 
     def save(step):
         if rank == 0:
@@ -324,6 +360,14 @@ def main():
         with torch.no_grad():
             codes = model.head(points[:, :, None, None]).flatten(1)  # the head is 1x1: each position stands alone
         fitted = [evaluate.fitted_probe(vectors, config["num_clusters"], config["seed"]).cpu() for vectors in (codes, points)]
+        pairs = evaluate.correspondences(features, neighbors, model.head, **pair_options)
+        evaluate.draw_diagnostics(folder / "diagnostics.png", pairs, config["shifts"])
+        health, wrong = evaluate.diagnose(codes, fitted[0].to(device), pairs, config["shifts"])
+        with open(log, "a") as file:
+            file.write(json.dumps({"step": config["steps"], **health}) + "\n")
+        print("health: " + ", ".join(f"{name} {value:.2f}" for name, value in health.items()))
+        for sentence in wrong:
+            print(f"warning: {sentence}")
     model.refit_probe, raw_probe = (probe.to(device) for probe in data.gathered(fitted)[0])
     save(config["steps"])
     stage_done("clusters")
@@ -334,17 +378,33 @@ def main():
     confusions, samples = evaluate.evaluate(model, val, eval_size, probes, config["crf"], workers=options.workers)
     stage_done("evaluation")
     if rank:
-        return
+        return folder
     summary = evaluate.report(folder, confusions, samples, val, probes, prediction, seconds)
     # Predictions on photos are painted and named like the classes that the clusters were matched to, if they were.
     config["classes"], config["palette"] = val.names, val.palette.tolist()
     config["assignments"] = {name: result["assignment"] for name, result in summary["results"].items()}
     save(config["steps"])
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [row for row in map(json.loads, log.read_text().splitlines()) if "self" in row]
     if rows:
         evaluate.draw_losses(folder / "losses.png", rows)
     print("seconds:", ", ".join(f"{name} {value}" for name, value in seconds.items()))
     print(f"scores, pictures and checkpoint.pt are in {folder}")
+    return folder
+
+
+def main():
+    given, options = parse_args()
+    if options.seeds < 1:
+        raise InputError(f"--seeds must be at least 1, it is {options.seeds}")
+    data.join_processes()
+    if options.seeds == 1:
+        run(given, options, options.name)
+        return
+    name = options.name or data.gathered(run_folder(None, resolve(given)["dataset"], options.resume).name)[0]
+    first = resolve(given)["seed"]
+    folders = [run({**given, "seed": seed}, options, f"{name}-seed{seed}") for seed in range(first, first + options.seeds)]
+    if data.process()[0] == 0:
+        evaluate.compare(folders)
 
 
 if __name__ == "__main__":

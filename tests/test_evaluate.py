@@ -159,6 +159,48 @@ def model():
     return model
 
 
+# ---- correspondences ----
+
+def test_correspondences_know_the_classes_of_their_points():
+    """Maps whose channel is the class, left of an edge one and right of it another, 16 pixels a patch."""
+    classes = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 3]]).repeat_interleave(8, 1)[:, None].repeat(1, 16, 1)  # (4, 16, 16)
+    maps = torch.nn.functional.one_hot(classes, 4).permute(0, 3, 1, 2).half()
+    labels = classes.repeat_interleave(16, 1).repeat_interleave(16, 2).byte()
+    labels[labels == 3] = data.VOID
+    features, neighbors = data.Features(maps, None, labels, None), torch.tensor([[1], [2], [3], [0]])
+    found = evaluate.correspondences(features, neighbors, torch.nn.Identity(), False, "cpu")
+    for F, S, same in found.values():
+        assert F.shape == S.shape == same.shape and torch.equal(F, S)
+        assert 10 * 4 * 121 ** 2 * 0.5 < len(F) < 10 * 4 * 121 ** 2 * 0.9  # pairs with void are left out
+        assert ((F > 0.5) == same).float().mean() > 0.97  # but for points right at an edge
+    found = evaluate.correspondences(features._replace(labels=None), neighbors, torch.nn.Identity(), True, "cpu", n_batches=1)
+    assert all(same is None and len(F) == 4 * 121 ** 2 for F, _, same in found.values())
+
+
+def test_average_precision_equals_a_slow_loop():
+    similarity, same = torch.rand(40), torch.rand(40) < 0.3
+    order = similarity.argsort(descending=True).tolist()
+    precisions = [same[order[:i + 1]].float().mean().item() for i in range(40) if same[order[i]]]
+    recall, precision, average = evaluate.precision_recall(similarity, same, n_points=40)
+    assert average == pytest.approx(np.mean(precisions)) and recall[-1] == 1
+    assert precision[-1] == pytest.approx(same.float().mean().item())
+
+
+def test_health_tells_collapsed_and_scattered_codes_from_good_ones():
+    torch.manual_seed(0)
+    pairs = {term: (torch.linspace(-1, 1, 101), None, None) for term in ("self", "knn", "rand")}
+
+    def health(codes):
+        return evaluate.diagnose(codes, evaluate.fitted_probe(codes, 4, seed=0), pairs, [0.0, 0.5, 0.9])
+
+    good = torch.eye(8)[:4].repeat(50, 1) + 0.05 * torch.randn(200, 8)
+    found, wrong = health(good)
+    assert not wrong and 3.5 < found["effective_rank"] < 5 and found["largest_cluster"] == 0.25 and found["compactness"] > 0.95
+    assert [found[f"attract_{term}"] for term in pairs] == pytest.approx([0.5, 0.25, 0.05], abs=0.01)
+    assert "collapsed" in health(torch.ones(200, 8) + 0.01 * torch.randn(200, 8))[1][0]
+    assert "hardly cluster" in health(torch.randn(200, 64))[1][0]
+
+
 def test_flip_averaging_is_equivariant_to_mirroring(model):
     images = torch.randn(2, 3, 32, 48)
     features, codes = evaluate.flip_averaged(model, images)

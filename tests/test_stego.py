@@ -129,6 +129,33 @@ def test_objective_equals_its_three_terms_written_out():
     torch.testing.assert_close(loss, 0.5 * expected["self"] + 2 * expected["knn"] + 3 * expected["rand"])
 
 
+# ---- shifts without tuning ----
+
+def test_transitivity_is_one_for_classes_and_nothing_for_chance():
+    of = torch.arange(60) % 3
+    same = (of[:, None] == of[None]).float()
+    pairs = ~torch.eye(60, dtype=torch.bool)[None]
+    noise = torch.rand(60, 60)
+    F = (same + 0.01 * (noise + noise.T)).masked_fill(torch.eye(60, dtype=torch.bool), -2)[None]
+    rate = same[pairs[0]].mean().item()
+    exact, chance = stego.transitivity(F, pairs, [rate])[0], stego.transitivity(
+        (noise + noise.T).masked_fill(torch.eye(60, dtype=torch.bool), -2)[None], pairs, [rate])[0]
+    assert exact > 0.98 and abs(chance) < 0.1
+
+
+def test_rates_of_clear_classes_are_found_without_labels():
+    """Classes as directions with noise, in images that share classes with their neighbours."""
+    torch.manual_seed(0)
+    directions = torch.randn(6, 32)
+    kinds = torch.arange(80) % 2  # images of classes 0 to 2, and of 3 to 5; neighbours are of one kind
+    classes = torch.randint(0, 3, (80, 8, 8)) + 3 * kinds[:, None, None]
+    maps = (directions[classes] + 0.4 * torch.randn(80, 8, 8, 32)).permute(0, 3, 1, 2)
+    neighbors = torch.tensor([[j for j in range(80) if j % 2 == i % 2 and j != i][:7] for i in range(80)])
+    rates = stego.same_class_rates(maps, neighbors)
+    assert rates == pytest.approx((1 / 3, 1 / 3, 1 / 6), abs=0.06)
+    assert rates == stego.same_class_rates(maps, neighbors)
+
+
 # ---- head and probes ----
 
 def test_head_is_a_linear_plus_a_nonlinear_branch_each_with_its_own_channel_dropout():

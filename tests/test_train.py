@@ -63,7 +63,9 @@ def test_train_evaluate_and_predict(workplace):
         assert row in result.stdout
     scores = json.loads((folder / "scores.json").read_text())
     assert len(scores["results"]) == 8 and all(0 <= row["miou"] <= 100 for row in scores["results"].values())
-    assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [4, 8, 12]
+    *rows, health = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows] == [4, 8, 12] and 1 <= health["effective_rank"] <= 5
+    assert data.read_image(folder / "diagnostics.png").width > 300
     for name in ("panel.png", "confusion.png", "losses.png"):
         assert data.read_image(folder / name).width > 100
 
@@ -86,7 +88,9 @@ def test_without_labels_everything_runs_and_nothing_is_nan(workplace, monkeypatc
     model, _ = stego.load_checkpoint("runs/t/checkpoint.pt")
     assert model.linear_probe is None and all(torch.isfinite(value).all() for value in model.state_dict().values())
     rows = [json.loads(line) for line in (workplace / "runs/t/log.jsonl").read_text().splitlines()]
-    assert rows[-1].keys() == {"step", "self", "knn", "rand", "cluster"} and np.isfinite(rows[-1]["knn"])
+    assert rows[-2].keys() == {"step", "self", "knn", "rand", "cluster"} and np.isfinite(rows[-2]["knn"])
+    assert rows[-1].keys() == {"step", "effective_rank", "compactness", "largest_cluster",
+                               "attract_self", "attract_knn", "attract_rand"}
     assert json.loads((workplace / "runs/t/scores.json").read_text())["results"] == {}
     assert data.read_image("runs/t/panel.png").width > 300
 
@@ -103,7 +107,7 @@ def test_live_features_give_the_losses_of_cached_ones(workplace, monkeypatch):
         train_here(monkeypatch, "--data-root", "images", "--name", mode, "--no-crf", "--features", mode, *SMALL)
     cached, live = ([json.loads(line) for line in (workplace / f"runs/{mode}/log.jsonl").read_text().splitlines()]
                     for mode in ("cached", "live"))
-    assert len(live) == 3 and all(row == pytest.approx(other, abs=2e-3) for row, other in zip(live, cached))
+    assert len(live) == 4 and all(row == pytest.approx(other, abs=2e-3) for row, other in zip(live[:3], cached[:3]))
 
 
 def test_the_same_command_gives_the_same_weights_and_another_seed_others(workplace, monkeypatch, capsys):
@@ -132,6 +136,42 @@ def test_the_probes_teach_the_head_nothing(workplace, monkeypatch):
     for name in before:
         changed = not torch.equal(before[name], after[name])
         assert changed == name.startswith(("cluster_probe", "linear_probe")), name
+
+
+# ---- shifts, seeds, baselines ----
+
+def test_shifts_are_quantiles_at_the_shares_of_one_class(workplace, monkeypatch, capsys):
+    train_here(monkeypatch, "--data-root", "images", "--name", "known", "--no-crf", *"--same-class 0.5 0.4 0.2".split(), *SMALL)
+    train_here(monkeypatch, "--data-root", "images", "--name", "auto", "--no-crf", "--b-knn", "0.125", *SMALL)
+    train_here(monkeypatch, "--data-root", "images", "--name", "fixed", "--no-crf", "--preset", "potsdam-vits8",
+               "--dataset", "directory", *SMALL)
+    known, auto, fixed = (json.loads((workplace / f"runs/{name}/config.json").read_text()) for name in ("known", "auto", "fixed"))
+    health = json.loads((workplace / "runs/known/log.jsonl").read_text().splitlines()[-1])
+    assert [health[f"attract_{term}"] for term in ("self", "knn", "rand")] == pytest.approx([0.5, 0.4, 0.2], abs=1e-3)
+    assert auto["shifts"][1] == 0.125 and auto["b_self"] == "auto" and -1 < auto["shifts"][0] < 1
+    assert fixed["shifts"] == [0.08, 0.02, 0.76]
+    assert capsys.readouterr().out.count("shares of pairs of one class, by the labels") == 2
+
+
+def test_several_seeds_share_the_features_and_are_compared(workplace, monkeypatch, capsys):
+    train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", "--seeds", "2", "--seed", "3", *SMALL)
+    a, b = (weights(workplace / f"runs/t-seed{seed}") for seed in (3, 4))
+    assert not torch.equal(a["head.linear.weight"], b["head.linear.weight"])
+    assert len(list(workplace.glob("cache/*/maps.npy"))) == 1
+    assert " +- " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_baselines_and_correspondences_of_a_checkpoint(workplace, monkeypatch, capsys):
+    train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", *SMALL)
+    for option in ("--baseline", "--correspondences"):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", "runs/t", "--no-crf", "--workers", "1", option])
+        train.evaluate.main()
+    folder, out = workplace / "runs/t/eval-val", capsys.readouterr().out
+    results = json.loads((folder / "scores.json").read_text())["results"]
+    assert {"k-means on features", "k-means on PCA", "k-means on random projections", "linear probe on features",
+            "k-means on codes"} < results.keys()
+    assert all(data.read_image(folder / name).width > 300 for name in ("heatmaps.png", "precision_recall.png"))
+    assert out.count("average precision") == 3
 
 
 # ---- several processes ----
@@ -234,7 +274,7 @@ def test_a_run_killed_while_it_extracts_trains_and_saves_ends_like_an_undisturbe
     assert resumed.keys() == undisturbed.keys() and all(torch.equal(resumed[key], undisturbed[key]) for key in resumed)
     logs = [(workplace / f"runs/{name}/log.jsonl").read_text() for name in ("t", "undisturbed")]
     steps = [[json.loads(line)["step"] for line in log.splitlines()] for log in logs]
-    assert steps[0] == sorted(set(steps[0])) and steps[0][-1] == 300
+    assert steps[0][:-1] == sorted(set(steps[0])) and steps[0][-2:] == [300, 300]  # the last line tells the health
 
 
 # ---- settings ----
@@ -279,6 +319,9 @@ def test_linear_loss_ignores_void_and_costs_nothing_without_labels():
     (["--data-root", "images", *SMALL, "--batch-size", "1"], "--batch-size"),
     (["--data-root", "images", *SMALL, "--batch-size", "13"], "--batch-size 13"),
     (["--data-root", "images", *SMALL, "--steps", "0"], "--steps"),
+    (["--data-root", "images", *SMALL, "--seeds", "0"], "--seeds"),
+    (["--data-root", "images", *SMALL, "--same-class", "0.5", "0.4", "1"], "--same-class"),
+    (["--data-root", "images", *SMALL, "--same-class", "0.5", "0.4", "0.1", "--b-knn", "0.3"], "leave --b-self"),
     (["--data-root", "images", *SMALL, "--device", "abacus"], "abacus"),
     (["--resume", "--name", "never"], "never")])
 def test_mistakes_are_told_in_a_sentence(arguments, message, workplace, monkeypatch, capsys):
