@@ -419,11 +419,11 @@ def transitivity(F, pairs, rates):
 
 
 @torch.no_grad()
-def same_class_rates(maps, neighbors, seed=0, n_images=48, n_points=128, n_rand=384):
+def same_class_rates(maps, neighbors, seed=0, n_images=48, n_points=128, n_rand=256):
     """Shares of the self, knn and rand pairs of points that show the same class, estimated from features alone.
 
     Transitivity (see above) hardly changes while the shift cuts inside the classes and falls once it joins different
-    ones: the estimate is the largest rate that keeps `tolerance` of the best kappa.
+    ones: the estimate is the largest rate that keeps most of the best kappa.
 
     maps: (N, D, h, w), anything that indexes to it. neighbors: (N, k). Seconds on a CPU. Deterministic per seed.
     """
@@ -436,24 +436,26 @@ def same_class_rates(maps, neighbors, seed=0, n_images=48, n_points=128, n_rand=
 
     x = torch.randperm(n, generator=generator)[:n_images]
     x_knn = neighbors[x, torch.randint(neighbors.shape[1], x.shape, generator=generator)]
-    a, b = points(x, n_points), points(x_knn, n_points)
-    many = torch.randperm(n, generator=generator)[:n_rand]
-    c = torch.cat([points(some, 4 * -(-n_rand // len(many))) for some in many.split(64)])
-    image = torch.arange(len(c), device=c.device).repeat_interleave(c.shape[1])
-    half = torch.arange(2 * a.shape[1], device=a.device) < a.shape[1]
+    self_, knn = points(x, n_points), points(x_knn, n_points)
+    others = torch.randperm(n, generator=generator)[:n_rand]
+    rand = torch.cat([points(some, 4 * n_rand // len(others)) for some in others.split(64)])
 
-    estimates = []
-    for groups, of, allowed, tolerance in ((a, torch.arange(a.shape[1], device=a.device), None, 0.90),
-                                           (torch.cat([a, b], 1), half, None, 0.90),
-                                           (c.flatten(0, 1)[None], image, True, 0.975)):
-        pairs = (of[:, None] != of[None])[None]
-        F = groups @ groups.transpose(1, 2)
-        F = F.masked_fill(~pairs if allowed else torch.eye(F.shape[1], dtype=torch.bool, device=F.device), -2)
-        rates = [percent / 100 for percent in range(5, 81)]
-        kappas = transitivity(F, pairs, rates)
+    def owner(*counts):  # (m, m): which of m points are from different images, these many of each
+        image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(self_.device)
+        return image[:, None] != image
+
+    m, estimates = self_.shape[1], []
+    for vectors, pairs, joinable, kept in (  # (groups, points, D), pairs that count, and that may be joined
+            (self_, ~torch.eye(m, dtype=torch.bool), ~torch.eye(m, dtype=torch.bool), 0.90),
+            (torch.cat([self_, knn], 1), owner(m, m), ~torch.eye(2 * m, dtype=torch.bool), 0.90),
+            (rand.flatten(0, 1)[None], *[owner(*[rand.shape[1]] * len(rand))] * 2, 0.975)):
+        pairs, joinable = pairs.to(vectors.device), joinable.to(vectors.device)
+        F = (vectors @ vectors.transpose(1, 2)).masked_fill(~joinable, -2)
+        rates = [percent / 100 for percent in (*range(5, 30), *range(30, 82, 2))]
+        kappas = transitivity(F, pairs[None], rates)
         best = kappas.index(max(kappas))
-        beyond = [i for i in range(best, len(rates)) if kappas[i] < tolerance * kappas[best]]
-        estimates.append(rates[beyond[0] - 1 if beyond else -1])
+        falls = [i for i in range(best, len(rates)) if kappas[i] < kept * kappas[best]]
+        estimates.append(rates[falls[0] - 1 if falls else -1])
     return tuple(estimates)
 
 
