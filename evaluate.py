@@ -452,7 +452,8 @@ def compare(folders):
             config, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "scores.json"))
         except (OSError, ValueError) as error:
             raise InputError(f"--compare {folder}: not the folder of a finished run ({error})") from error
-        config.pop("seed")
+        for name in ("seed", "shifts"):  # automatic shifts depend on the seed
+            config.pop(name, None)
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(summary["results"])
     settings = [json.loads(key) for key in groups]
     differing = [name for name in settings[0] if len({str(config.get(name)) for config in settings}) > 1]

@@ -48,8 +48,8 @@ PRESETS = {
     "scenes": dict(
         dataset="scenes", backbone="vit_tiny_scenes", resolution=128, eval_resolution=128, crop="none",
         code_dim=70, batch_size=16, steps=400, center=False,
-        lambda_self=1.0, lambda_knn=0.577453483136995, lambda_rand=0.9058762625226623,  # Cityscapes ViT-B's, as below:
-        b_self=0.45828472207, b_knn=0.1754346515479633, b_rand=0.31361241889448443),  # the best of those tried on dev
+        lambda_self=1.0, lambda_knn=0.577453483136995, lambda_rand=0.9058762625226623,  # Cityscapes ViT-B's, as below
+        b_self="auto", b_knn="auto", b_rand="auto"),
     "cocostuff27-vitb8": dict(
         dataset="cocostuff27", backbone="dino_vitb8", crop="five", code_dim=90, batch_size=32, steps=7000, center=True,
         lambda_self=0.1, lambda_knn=1.0, lambda_rand=0.1538476246415498, b_self=0.12, b_knn=0.2, b_rand=1.0),
