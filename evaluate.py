@@ -416,7 +416,8 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
         print(f"\n{'':{width}}   mIoU  accuracy" + "   + CRF: mIoU  accuracy" * (f"{prediction} + CRF" in results))
         for name in probes:
             rows = [results[key] for key in (name, f"{name} + CRF") if key in results]
-            print(f"{name:{width}}  " + "        ".join(f"{row['miou']:5.1f}     {row['accuracy']:5.1f}" for row in rows))
+            print(f"{name:{width}}  " + "        ".join(f"{row['miou']:5.1f}     {row['accuracy']:5.1f}" for row in rows)
+                  + "   <- the prediction" * (name == prediction))
         matched = results[prediction]["assignment"]
         order = sorted(range(len(matched)), key=lambda k: (matched[k] < 0, matched[k], k))
         draw_confusion(folder / "confusion.png", np.asarray(confusions[prediction])[order],
@@ -454,16 +455,18 @@ def compare(folders):
             raise InputError(f"--compare {folder}: not the folder of a finished run ({error})") from error
         for name in ("seed", "shifts"):  # automatic shifts depend on the seed
             config.pop(name, None)
-        groups.setdefault(json.dumps(config, sort_keys=True), []).append(summary["results"])
+        results, prediction = summary["results"], summary["prediction"]
+        results.update({f"prediction{crf}": results[prediction + crf] for crf in ("", " + CRF") if prediction + crf in results})
+        groups.setdefault(json.dumps(config, sort_keys=True), []).append(results)
     settings = [json.loads(key) for key in groups]
     differing = [name for name in settings[0] if len({str(config.get(name)) for config in settings}) > 1]
-    rows = [RAW, ONLINE, REFIT, f"{REFIT} + CRF", LINEAR]
-    print("mIoU:" + "".join(f"{name:>24}" for name in rows) + "  seeds, and how these runs differ from the others")
+    rows = [RAW, ONLINE, REFIT, "prediction", "prediction + CRF", LINEAR]
+    print("mIoU:" + "".join(f"{name:>22}" for name in rows) + "  seeds, and how these runs differ from the others")
     for config, runs in zip(settings, groups.values()):
         line = " " * 5
         for name in rows:
             values = [run[name]["miou"] for run in runs if name in run]
-            line += f"{np.mean(values):16.1f} +- {np.std(values, ddof=len(values) > 1):4.1f}" if values else " " * 24
+            line += f"{np.mean(values):14.1f} +- {np.std(values, ddof=len(values) > 1):4.1f}" if values else " " * 22
         print(line + f"  {len(runs):5}  " + ", ".join(f"{name} {config.get(name)}" for name in differing))
 
 
@@ -790,12 +793,17 @@ def draw_heatmaps(path, model, views, neighbors, n_images=5):
 # Command line
 # ---------------------------------------------------------------------------------------------------------------
 
-def model_probes(model):
-    """name -> (probe, what it reads) of a trained model, and the name of the probe that is the prediction."""
+def model_probes(model, effective_rank=math.inf):
+    """name -> (probe, what it reads) of a trained model, and the name of the probe whose clusters are the prediction.
+
+    That is k-means on the finished codes, which does not depend on luck; but where the codes use fewer directions than
+    there are clusters (effective_rank, see diagnose), k-means has to cut some directions in pieces. The online probe
+    leaves the centroids empty that it does not need, and is the prediction then.
+    """
     probes = {ONLINE: (model.cluster_probe, "codes"), REFIT: (model.refit_probe, "codes"),
               LINEAR: (model.linear_probe, "codes")}
     probes = {name: entry for name, entry in probes.items() if entry[0] is not None}
-    return probes, REFIT if REFIT in probes else ONLINE
+    return probes, REFIT if REFIT in probes and effective_rank >= len(model.cluster_probe.centroids) else ONLINE
 
 
 def choose_device(name):
@@ -855,8 +863,8 @@ def main():
     parser.add_argument("--correspondences", action="store_true", help="only draw what corresponds to a point "
                         "(heatmaps.png) and, with labels, how well that tells classes apart (precision_recall.png)")
     parser.add_argument("--cache-dir", default="cache", help="where --baseline and --correspondences find or put features")
-    parser.add_argument("--clusters", choices=("refit", "online"), default="refit",
-                        help="k-means on the finished codes (default), or the probe trained beside the head")
+    parser.add_argument("--clusters", choices=("refit", "online"), help="k-means on the finished codes, or the probe that "
+                        "was trained beside the head (default: as training decided from the codes' effective rank)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the backbone's matrix products (default: bfloat16 where the device has it)")
@@ -879,9 +887,9 @@ def main():
     model, config = load_checkpoint(path, device)
     model.bfloat16 = choose_precision(args.precision, device)
     size = data.round_to_patch(args.eval_resolution or config["eval_resolution"], model.backbone.patch_size)
-    probes, prediction = model_probes(model)
-    if args.clusters == "online":
-        prediction = ONLINE
+    probes, prediction = model_probes(model, config.get("effective_rank", math.inf))
+    if args.clusters and model.refit_probe:
+        prediction = {"refit": REFIT, "online": ONLINE}[args.clusters]
     if args.predict:
         if not args.out:
             raise InputError("--predict needs --out FOLDER for the results")

@@ -368,12 +368,14 @@ def run(given, options, name):
         print("health: " + ", ".join(f"{name} {value:.2f}" for name, value in health.items()))
         for sentence in wrong:
             print(f"warning: {sentence}")
-    model.refit_probe, raw_probe = (probe.to(device) for probe in data.gathered(fitted)[0])
+        fitted.append(health["effective_rank"])
+    *fitted, config["effective_rank"] = data.gathered(fitted)[0]
+    model.refit_probe, raw_probe = (probe.to(device) for probe in fitted)
     save(config["steps"])
     stage_done("clusters")
 
     # ---- evaluation ----
-    own, prediction = evaluate.model_probes(model)
+    own, prediction = evaluate.model_probes(model, config["effective_rank"])
     probes = {evaluate.RAW: (raw_probe, "features"), **own}
     confusions, samples = evaluate.evaluate(model, val, eval_size, probes, config["crf"], workers=options.workers)
     stage_done("evaluation")
