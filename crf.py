@@ -30,7 +30,8 @@ import functools
 
 import numpy as np
 
-GROUP = 16  # rows of a dense block: more share more columns, but multiply more zeros
+TILE = 4  # side of a square of pixels
+GROUP = TILE ** 2  # rows of a dense block: more share more columns, but multiply more zeros
 ROWS = 8192  # rows handled by one NumPy call: few calls, yet the rows stay in the processor's cache
 
 
@@ -96,7 +97,8 @@ def _positions(height, width):
 
 @functools.lru_cache(maxsize=2)  # a data set has one image size, or few
 def _spatial_kernel(height, width, std, weight):
-    return _Kernel(_positions(height, width) / np.float32(std), weight)
+    kernel = _Kernel(_positions(height, width) / np.float32(std), weight)
+    return _Stencil(kernel, height, width, reach=int(np.ceil(4 * std)) - 1) if std <= 1 else kernel
 
 
 @functools.lru_cache(maxsize=1)  # predictions of several probes for one image follow each other
@@ -253,6 +255,7 @@ class _Kernel:
         self.slice = _Sparse(point[by_vertex], row[vertex[by_vertex]], value[by_vertex])
         self.place = np.empty(n_points, np.int64)  # row of each point in the output of slice
         self.place[order] = self.slice.place[:n_points]
+        self.n_out = self.slice.n_rows
         self.n_buffer = max(len(run[-2]) for run in self.splat.runs + self.slice.runs + sum(self.axes, []))
 
         *scratch, (norm,) = _buffers([self], 1)
@@ -311,9 +314,43 @@ class _Kernel:
         self.slice.multiply(vertices, out, buffer)
 
 
+class _Stencil:
+    """A spatial kernel of small reach, composed: each tile of 4 x 4 pixels is a dense block times the window it sees."""
+
+    def __init__(self, kernel, height, width, reach):
+        """reach of a pixel: a simplex, two steps of blur and a simplex again, all of side std, ends excluded."""
+        side, period = TILE + 2 * reach, 2 * reach + 1
+        y, x = np.divmod(np.arange(height * width), width)
+        # Pixels a period apart reach no pixel in common: filter them all at once, as one class.
+        *scratch, (out,) = _buffers([kernel], period ** 2)
+        kernel.filter(np.eye(period ** 2, dtype=np.float32)[y % period * period + x % period], *scratch, out)
+        n_bands, n_tiles = -(-width // TILE), -(-height // TILE)  # tiles above each other are a band
+        blocks = np.zeros((n_bands, n_tiles, side, side, TILE, TILE), np.float32)
+        for dy, dx in np.ndindex(period, period):
+            blocks[x // TILE, y // TILE, y % TILE + dy, x % TILE + dx, y % TILE, x % TILE] = \
+                out[kernel.place, (y + dy - reach) % period * period + (x + dx - reach) % period]
+        self.blocks = blocks.reshape(n_bands, n_tiles, side * side, GROUP)
+        self.place = ((x // TILE * n_tiles + y // TILE) * TILE + y % TILE) * TILE + x % TILE
+        y = np.arange(n_tiles * TILE + 2 * reach) - reach  # what lies outside of the image meets zeros in the blocks
+        x = np.arange(n_bands)[:, None] * TILE + np.arange(side) - reach
+        self.columns = y.clip(0, height - 1)[:, None] * width + x.clip(0, width - 1)[:, None]
+        self.columns = self.columns.reshape(n_bands, -1)
+        self.n_rows, self.n_buffer, self.n_out = 0, self.columns.shape[1], n_bands * n_tiles * GROUP
+
+    def filter(self, q, vertices, blurred, buffer, out):
+        """As _Kernel.filter."""
+        n_bands, n_tiles, n_seen, _ = self.blocks.shape
+        row, side = buffer.strides[0], int(n_seen ** 0.5)
+        out = out.reshape(n_bands, n_tiles, GROUP, -1)
+        for columns, blocks, tiles in zip(self.columns, self.blocks, out):
+            band = np.take(q, columns, axis=0, out=buffer[:len(columns)], mode="clip")
+            windows = np.ndarray((n_tiles, n_seen, q.shape[1]), np.float32, band, 0, (TILE * side * row, row, 4))
+            np.matmul(blocks.swapaxes(1, 2), windows, out=tiles)
+
+
 def _buffers(kernels, n_classes):
     """What _Kernel.filter writes to: vertices twice (row 0 stays zero), gathered rows, an output for each kernel."""
     n_rows = max((kernel.n_rows for kernel in kernels), default=0)
     n_buffer = max((kernel.n_buffer for kernel in kernels), default=0)
     buffers = [np.zeros((n, n_classes), np.float32) for n in (n_rows, n_rows, n_buffer)]
-    return *buffers, [np.empty((kernel.slice.n_rows, n_classes), np.float32) for kernel in kernels]
+    return *buffers, [np.empty((kernel.n_out, n_classes), np.float32) for kernel in kernels]
