@@ -164,42 +164,33 @@ def _argsort(keys):
     return order
 
 
-class _Sparse:
-    """A sparse matrix of dense blocks: GROUP consecutive rows by the K columns that any of them uses."""
+def _dense_blocks(row, column, value):
+    """A sparse matrix as blocks, each GROUP consecutive rows by the K columns that any of them uses.
 
-    def __init__(self, row, column, value):
-        """Entries, listed so that equal columns within GROUP rows follow each other."""
-        group = row // GROUP
-        lane = row - group * GROUP
-        order = _argsort(group)
-        group, lane, column, value = group[order], lane[order], column[order], value[order]
-        is_new = np.append(True, (np.diff(group) != 0) | (np.diff(column) != 0))
-        width = np.bincount(group[is_new])  # K of each group
-        within = np.cumsum(is_new) - 1 - (np.cumsum(width) - width)[group]  # column of each entry within its block
-        by_width = _argsort(width.max() - width)
+    Entries listed so that equal columns within GROUP rows follow each other; columns count from 1, 0 fills up.
+    Returns blocks of falling K, equal K together, as [(lo, hi, columns, blocks (n, K, GROUP))], and where each row is.
+    """
+    group = row // GROUP
+    order = _argsort(group)
+    group, lane, column, value = group[order], row[order] % GROUP, column[order], value[order]
+    is_new = np.append(True, (np.diff(group) != 0) | (np.diff(column) != 0))
+    width = np.bincount(group[is_new])  # K of each group
+    within = np.cumsum(is_new) - 1 - (np.cumsum(width) - width)[group]  # column of each entry within its block
+    by_width = _argsort(width.max() - width)
 
-        begin, bounds, n_cells = np.empty_like(width), [], 0
-        for start, stop, size in _runs(width[by_width], ROWS):
-            begin[by_width[start:stop]] = n_cells + size * np.arange(stop - start)
-            bounds.append((start * GROUP, stop * GROUP, n_cells, n_cells + size * (stop - start)))
-            n_cells = bounds[-1][-1]
-        cell = begin[group] + within
-        columns, blocks = np.zeros(n_cells, np.int64), np.zeros(n_cells * GROUP, np.float32)
-        columns[cell] = column
-        blocks[cell * GROUP + lane] = value  # blocks are stored transposed, (groups, K, GROUP)
-        self.runs = [(lo, hi, columns[at:end], blocks[at * GROUP:end * GROUP].reshape((hi - lo) // GROUP, -1, GROUP))
-                     for lo, hi, at, end in bounds]
-        self.n_rows = len(width) * GROUP
-        self.place = np.empty(self.n_rows, np.int64)  # where each row of the matrix is in the output
-        self.place.reshape(-1, GROUP)[by_width] = np.arange(self.n_rows).reshape(-1, GROUP)
-
-    def multiply(self, x, out, buffer):
-        """x (columns, C) -> out (rows, C), row r at place[r]."""
-        n_classes = x.shape[1]
-        for lo, hi, columns, blocks in self.runs:
-            used = np.take(x, columns, axis=0, out=buffer[:len(columns)], mode="clip")
-            np.matmul(blocks.swapaxes(1, 2), used.reshape(len(blocks), -1, n_classes),
-                      out=out[lo:hi].reshape(-1, GROUP, n_classes))
+    begin, bounds, n_cells = np.empty_like(width), [], 0
+    for start, stop, size in _runs(width[by_width], ROWS):
+        begin[by_width[start:stop]] = n_cells + size * np.arange(stop - start)
+        bounds.append((start * GROUP, stop * GROUP, n_cells, n_cells + size * (stop - start)))
+        n_cells = bounds[-1][-1]
+    cell = begin[group] + within
+    columns, blocks = np.zeros(n_cells, np.int64), np.zeros((n_cells, GROUP), np.float32)
+    columns[cell] = column
+    blocks[cell, lane] = value
+    place = np.empty((len(width), GROUP), np.int64)
+    place[by_width] = np.arange(place.size).reshape(-1, GROUP)
+    return [(lo, hi, columns[at:end], blocks[at:end].reshape((hi - lo) // GROUP, -1, GROUP))
+            for lo, hi, at, end in bounds], place.ravel()
 
 
 def _pack(digits, sizes):
@@ -239,39 +230,44 @@ class _Kernel:
         walk[0] = radix[:d] @ origin[:, heads]
         keys, corners = np.unique(np.cumsum(walk, axis=0).T, return_inverse=True)
 
-        # Number the vertices in the order in which the points meet them.
-        corners = corners.reshape(-1, d + 1)
-        first = np.empty(len(keys), np.int64)
-        first[corners[::-1, ::-1].ravel()] = np.arange(corners.size)[::-1]
-        number = np.empty_like(first)
-        number[np.argsort(first)] = np.arange(len(keys))
-        vertex = number[corners][np.cumsum(is_new) - 1].ravel()
-        point, value = np.repeat(np.arange(n_points), d + 1), weights.T[order].ravel()
-
-        self.splat = _Sparse(vertex, order[point], value)
-        row = np.empty_like(first)  # of each vertex, by number, after the blur
-        row[number] = self._plan_blur(keys, radix, 1 + self.splat.place[number])
-        by_vertex = _argsort(vertex)
-        self.slice = _Sparse(point[by_vertex], row[vertex[by_vertex]], value[by_vertex])
-        self.place = np.empty(n_points, np.int64)  # row of each point in the output of slice
-        self.place[order] = self.slice.place[:n_points]
-        self.n_out = self.slice.n_rows
-        self.n_buffer = max(len(run[-2]) for run in self.splat.runs + self.slice.runs + sum(self.axes, []))
+        corners = 1 + corners.reshape(-1, d + 1)[np.cumsum(is_new) - 1].ravel()  # vertices count from 1, row 0 is zero
+        by_vertex = _argsort(corners)
+        self.runs, place = _dense_blocks(by_vertex // (d + 1), corners[by_vertex], weights.T[order].ravel()[by_vertex])
+        self.n_out = len(place)
+        self.place = np.empty(n_points, np.int64)  # row of each point in the output
+        self.place[order] = place[:n_points]
+        self.point = np.zeros(self.n_out, np.int64)  # and the reverse; rows that fill up meet zeros
+        self.point[self.place] = np.arange(n_points)
+        row = np.append(0, self._plan_blur(keys, radix, self._plan_sums(np.concatenate([run[2] for run in self.runs]))))
+        self.runs = [(lo, hi, row[columns], blocks) for lo, hi, columns, blocks in self.runs]
+        self.n_buffer = max(max(run[1] - run[0], len(run[2])) for run in self.runs + self.sums + sum(self.axes, []))
 
         *scratch, (norm,) = _buffers([self], 1)
         self.filter(np.ones((n_points, 1), np.float32), *scratch, norm)  # K 1
         norm = np.sqrt(np.float32(weight) / (norm[:, 0] + np.float32(1e-20)))
-        for lo, hi, _, blocks in self.slice.runs:
+        for lo, hi, _, blocks in self.runs:
             blocks *= norm[lo:hi].reshape(-1, 1, GROUP)
-        for _, _, columns, blocks in self.splat.runs:
-            blocks *= norm[self.place[columns]].reshape(len(blocks), -1, 1)
+
+    def _plan_sums(self, vertex):
+        """Each block adds to the vertices it uses: vertex of each such partial sum. Returns the row of each vertex."""
+        degree, by_vertex = np.bincount(vertex), _argsort(vertex)
+        start = np.cumsum(degree) - degree
+        by_degree = 1 + _argsort(degree.max() - degree[1:])
+        row = np.empty(len(degree) - 1, np.int64)
+        row[by_degree - 1] = 1 + np.arange(len(row))
+        self.sums, self.n_rows = [], 1 + len(vertex)
+        for lo, hi, size in _runs(degree[by_degree], ROWS):
+            position, chosen = np.arange(size)[:, None], by_degree[lo:hi]
+            partial = by_vertex[np.minimum(start[chosen] + position, len(vertex) - 1)]
+            self.sums.append((1 + lo, 1 + hi, np.where(position < degree[chosen], 1 + partial, 0).ravel()))
+        return row
 
     def _plan_blur(self, keys, radix, row):
         """For each axis lay the lines of adjacent vertices side by side, longest first: neighbours are a stride apart.
 
         keys: packed vertices, rising; row: of each vertex before the blur (row 0 holds zeros). Returns it after.
         """
-        self.axes, self.n_rows, row = [], 1 + self.splat.n_rows, np.append(row, 0)
+        self.axes, row = [], np.append(row, 0)
         for axis in range(len(radix)):
             key = keys + (len(radix) * radix[axis] - radix.sum())  # one step: d on the axis itself, -1 on the others
             found = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
@@ -301,7 +297,14 @@ class _Kernel:
 
     def filter(self, q, vertices, blurred, buffer, out):
         """q (P, C) -> message of this kernel, that of point i in row self.place[i] of out."""
-        self.splat.multiply(q, vertices[1:], buffer)
+        n_classes, end = q.shape[1], 1
+        for lo, hi, _, blocks in self.runs:  # splat
+            begin, end = end, end + blocks.shape[0] * blocks.shape[1]
+            x = np.take(q, self.point[lo:hi], axis=0, out=buffer[:hi - lo], mode="clip")
+            np.matmul(blocks, x.reshape(-1, GROUP, n_classes), out=blurred[begin:end].reshape(len(blocks), -1, n_classes))
+        for lo, hi, source in self.sums:
+            x = np.take(blurred, source, axis=0, out=buffer[:len(source)], mode="clip")
+            np.add.reduce(x.reshape(-1, hi - lo, n_classes), axis=0, out=vertices[lo:hi])
         for runs in self.axes:
             for begin, end, source, stride in runs:
                 x = np.take(vertices, source, axis=0, out=blurred[begin:end], mode="clip")
@@ -311,7 +314,10 @@ class _Kernel:
                 x[stride:] += half[:-stride]
                 x[:-stride] += half[stride:]
             vertices, blurred = blurred, vertices
-        self.slice.multiply(vertices, out, buffer)
+        for lo, hi, columns, blocks in self.runs:  # slice
+            x = np.take(vertices, columns, axis=0, out=buffer[:len(columns)], mode="clip")
+            np.matmul(blocks.swapaxes(1, 2), x.reshape(len(blocks), -1, n_classes),
+                      out=out[lo:hi].reshape(-1, GROUP, n_classes))
 
 
 class _Stencil:
