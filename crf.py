@@ -92,7 +92,7 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
 
 def _positions(height, width):
     y, x = np.mgrid[:height, :width].astype(np.float32)
-    return np.stack([x.ravel(), y.ravel()], axis=1)  # (P, 2)
+    return np.stack([x.ravel(), y.ravel()])  # (2, P)
 
 
 @functools.lru_cache(maxsize=2)  # a data set has one image size, or few
@@ -103,24 +103,24 @@ def _spatial_kernel(height, width, std, weight):
 
 @functools.lru_cache(maxsize=1)  # predictions of several probes for one image follow each other
 def _bilateral_kernel(pixels, height, width, xy_std, rgb_std, weight):
-    colour = np.frombuffer(pixels, np.uint8).reshape(-1, 3)[:, ::-1]  # BGR
-    features = np.hstack([_positions(height, width) / np.float32(xy_std), colour / np.float32(rgb_std)])
+    colour = np.frombuffer(pixels, np.uint8).reshape(-1, 3).T[::-1]  # BGR
+    features = np.vstack([_positions(height, width) / np.float32(xy_std), colour / np.float32(rgb_std)])
     return _Kernel(features, weight)
 
 
 def _simplices(features):
-    """Enclosing simplex of each point (Adams et al., section 3): features (P, d) float32, in standard deviations.
+    """Enclosing simplex of each point (Adams et al., section 3): features (d, P) float32, in standard deviations.
 
     Returns the vertex whose coordinates are multiples of d + 1, (d + 1, P), the rank of each coordinate by falling
     distance of the point from it, (d + 1, P), and the barycentric weights (d + 1, P) of the vertices, this one first.
     """
-    n_points, d = features.shape
+    d, n_points = features.shape
     # Onto the hyperplane sum = 0 of d + 1 dimensions, scaled so that the whole filter has unit variance. All in float32
     # and in pydensecrf's order: a point within rounding of a face should fall on the same side of it.
     scale = np.float32(np.sqrt(2 / 3) * (d + 1)) / np.sqrt(np.arange(1, d + 1) * np.arange(2, d + 2))
     elevated, total = np.empty((d + 1, n_points), np.float32), np.zeros(n_points, np.float32)
     for j in range(d, 0, -1):
-        scaled = features[:, j - 1] * np.float32(scale[j - 1])
+        scaled = features[j - 1] * np.float32(scale[j - 1])
         elevated[j] = total - np.float32(j) * scaled
         total += scaled
     elevated[0] = total
@@ -156,41 +156,31 @@ def _runs(sizes, rows):
         start = stop
 
 
-def _argsort(keys):
-    """Stable argsort of integers in [0, 2^32), 16 bits at a time: NumPy sorts those by radix, ten times faster."""
-    order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")
-    if keys.max() > 0xFFFF:
-        order = order[np.argsort((keys[order] >> 16).astype(np.uint16), kind="stable")]
-    return order
+def _dense_blocks(columns, values):
+    """A sparse matrix, of each row the columns and values (R, n), as blocks: GROUP rows by the K columns that any uses.
 
-
-def _dense_blocks(row, column, value):
-    """A sparse matrix as blocks, each GROUP consecutive rows by the K columns that any of them uses.
-
-    Entries listed so that equal columns within GROUP rows follow each other; columns count from 1, 0 fills up.
-    Returns blocks of falling K, equal K together, as [(lo, hi, columns, blocks (n, K, GROUP))], and where each row is.
+    Returns [(lo, hi, columns, blocks (groups, K, GROUP))] for rows ordered by falling K of their group, equal K together
+    (filled up with zeros, of column 0), and the number of each row in that order.
     """
-    group = row // GROUP
-    order = _argsort(group)
-    group, lane, column, value = group[order], row[order] % GROUP, column[order], value[order]
-    is_new = np.append(True, (np.diff(group) != 0) | (np.diff(column) != 0))
-    width = np.bincount(group[is_new])  # K of each group
-    within = np.cumsum(is_new) - 1 - (np.cumsum(width) - width)[group]  # column of each entry within its block
-    by_width = _argsort(width.max() - width)
-
-    begin, bounds, n_cells = np.empty_like(width), [], 0
+    padding = (0, -len(columns) % GROUP), (0, 0)
+    columns = np.pad(columns, padding, mode="edge").reshape(-1, GROUP * columns.shape[1])
+    values = np.pad(values, padding).reshape(columns.shape)
+    order = np.argsort(columns, axis=1)
+    columns, values = np.take_along_axis(columns, order, axis=1), np.take_along_axis(values, order, axis=1)
+    lanes = order // (columns.shape[1] // GROUP)
+    within = np.cumsum(np.diff(columns, axis=1, prepend=columns[:, :1]) != 0, axis=1)  # column of its block
+    width = within[:, -1] + 1
+    by_width, runs = np.argsort(-width, kind="stable"), []
     for start, stop, size in _runs(width[by_width], ROWS):
-        begin[by_width[start:stop]] = n_cells + size * np.arange(stop - start)
-        bounds.append((start * GROUP, stop * GROUP, n_cells, n_cells + size * (stop - start)))
-        n_cells = bounds[-1][-1]
-    cell = begin[group] + within
-    columns, blocks = np.zeros(n_cells, np.int64), np.zeros((n_cells, GROUP), np.float32)
-    columns[cell] = column
-    blocks[cell, lane] = value
+        chosen = by_width[start:stop]
+        cells = size * np.arange(stop - start)[:, None] + within[chosen]
+        used, blocks = np.zeros(size * (stop - start), np.int64), np.zeros((stop - start, size, GROUP), np.float32)
+        used[cells] = columns[chosen]
+        blocks.reshape(-1, GROUP)[cells, lanes[chosen]] = values[chosen]
+        runs.append((start * GROUP, stop * GROUP, used, blocks))
     place = np.empty((len(width), GROUP), np.int64)
     place[by_width] = np.arange(place.size).reshape(-1, GROUP)
-    return [(lo, hi, columns[at:end], blocks[at:end].reshape((hi - lo) // GROUP, -1, GROUP))
-            for lo, hi, at, end in bounds], place.ravel()
+    return runs, place.ravel()
 
 
 def _pack(digits, sizes):
@@ -205,10 +195,10 @@ class _Kernel:
     """sqrt(w) n K n sqrt(w) for one kernel over P points, ready to filter; nothing in it changes once it is built."""
 
     def __init__(self, features, weight):
-        """features (P, d) float32, in standard deviations."""
-        n_points, d = features.shape
+        """features (d, P) float32, in standard deviations."""
+        d, n_points = features.shape
         too_small = "a standard deviation is too small for this image: its lattice has too many cells to number"
-        if np.ptp(features, axis=0).max() > 1e5:  # float32 no longer tells neighbouring simplices apart
+        if np.ptp(features, axis=1).max() > 1e5:  # float32 no longer tells neighbouring simplices apart
             raise ValueError(too_small)
         origin, rank, weights = _simplices(features)
         origin = origin[:d].astype(np.int64)  # the last of d + 1 coordinates is implied: they sum to zero
@@ -230,9 +220,8 @@ class _Kernel:
         walk[0] = radix[:d] @ origin[:, heads]
         keys, corners = np.unique(np.cumsum(walk, axis=0).T, return_inverse=True)
 
-        corners = 1 + corners.reshape(-1, d + 1)[np.cumsum(is_new) - 1].ravel()  # vertices count from 1, row 0 is zero
-        by_vertex = _argsort(corners)
-        self.runs, place = _dense_blocks(by_vertex // (d + 1), corners[by_vertex], weights.T[order].ravel()[by_vertex])
+        corners = 1 + corners.reshape(-1, d + 1)[np.cumsum(is_new) - 1]  # vertices count from 1: row 0 holds zeros
+        self.runs, place = _dense_blocks(corners, weights.T[order])
         self.n_out = len(place)
         self.place = np.empty(n_points, np.int64)  # row of each point in the output
         self.place[order] = place[:n_points]
@@ -250,9 +239,9 @@ class _Kernel:
 
     def _plan_sums(self, vertex):
         """Each block adds to the vertices it uses: vertex of each such partial sum. Returns the row of each vertex."""
-        degree, by_vertex = np.bincount(vertex), _argsort(vertex)
+        degree, by_vertex = np.bincount(vertex), np.argsort(vertex, kind="stable")
         start = np.cumsum(degree) - degree
-        by_degree = 1 + _argsort(degree.max() - degree[1:])
+        by_degree = 1 + np.argsort(-degree[1:], kind="stable")
         row = np.empty(len(degree) - 1, np.int64)
         row[by_degree - 1] = 1 + np.arange(len(row))
         self.sums, self.n_rows = [], 1 + len(vertex)
@@ -279,7 +268,7 @@ class _Kernel:
             while (reached >= 0).any():
                 length += reached >= 0
                 reached = following[reached]
-            by_length = _argsort(length.max() - length)
+            by_length = np.argsort(-length, kind="stable")
 
             runs, new_row, end = [], np.zeros_like(row), 1
             for start, stop, size in _runs(length[by_length], ROWS // 4):
