@@ -91,8 +91,7 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
 
 
 def _positions(height, width):
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    return np.stack([x.ravel(), y.ravel()])  # (2, P)
+    return np.mgrid[:height, :width][::-1].reshape(2, -1).astype(np.float32)  # x, y
 
 
 @functools.lru_cache(maxsize=2)  # a data set has one image size, or few
@@ -183,14 +182,6 @@ def _dense_blocks(columns, values):
     return runs, place.ravel()
 
 
-def _pack(digits, sizes):
-    """Mixed-radix number of each column of digits, the first digit leading."""
-    number = 0
-    for digit, size in zip(digits, sizes):
-        number = number * int(size) + digit
-    return number
-
-
 class _Kernel:
     """sqrt(w) n K n sqrt(w) for one kernel over P points, ready to filter; nothing in it changes once it is built."""
 
@@ -207,14 +198,13 @@ class _Kernel:
         if np.prod(extent.astype(float)) > 2.0 ** 60:
             raise ValueError(too_small)
 
-        # Points of a simplex share its vertices, and near simplices share some: number them by blocks of 4^d cells.
-        cell = origin // (d + 1)
-        simplex = _pack([*(cell >> 2), *(cell & 3), *rank[:d]], [*(cell.max(axis=1) >> 2) + 1, *[4] * d, *[d + 1] * d])
+        # Points of a simplex share its vertices, and near simplices share some.
+        simplex = np.ravel_multi_index((*origin // (d + 1), *rank[:d]), (*extent // (d + 1), *[d + 1] * d))
         order = np.argsort(simplex)
         is_new = np.append(True, np.diff(simplex[order]) != 0)
         heads = order[is_new]
         # From a vertex of a simplex to the next one coordinate drops by d, in order of falling rank, others grow by 1.
-        radix = np.append(_pack(np.eye(d, dtype=np.int64), extent), 0)
+        radix = np.append(np.ravel_multi_index(np.eye(d, dtype=np.int64), extent), 0)
         walk = np.empty((d + 1, len(heads)), np.int64)
         np.put_along_axis(walk, (d + 1 - rank[:, heads]) % (d + 1), radix.sum() - (d + 1) * radix[:, None], axis=0)
         walk[0] = radix[:d] @ origin[:, heads]
@@ -239,17 +229,18 @@ class _Kernel:
 
     def _plan_sums(self, vertex):
         """Each block adds to the vertices it uses: vertex of each such partial sum. Returns the row of each vertex."""
-        degree, by_vertex = np.bincount(vertex), np.argsort(vertex, kind="stable")
+        partial = np.append(1 + np.argsort(vertex, kind="stable"), 0)  # rows, those of a vertex together; last that of zeros
+        degree = np.bincount(vertex)
         start = np.cumsum(degree) - degree
         by_degree = 1 + np.argsort(-degree[1:], kind="stable")
-        row = np.empty(len(degree) - 1, np.int64)
-        row[by_degree - 1] = 1 + np.arange(len(row))
-        self.sums, self.n_rows = [], 1 + len(vertex)
+        row = np.zeros_like(degree)
+        row[by_degree] = 1 + np.arange(len(by_degree))
+        self.sums, self.n_rows = [], len(partial)
         for lo, hi, size in _runs(degree[by_degree], ROWS):
             position, chosen = np.arange(size)[:, None], by_degree[lo:hi]
-            partial = by_vertex[np.minimum(start[chosen] + position, len(vertex) - 1)]
-            self.sums.append((1 + lo, 1 + hi, np.where(position < degree[chosen], 1 + partial, 0).ravel()))
-        return row
+            source = partial[np.where(position < degree[chosen], start[chosen] + position, -1)]
+            self.sums.append((1 + lo, 1 + hi, source.ravel()))
+        return row[1:]
 
     def _plan_blur(self, keys, radix, row):
         """For each axis lay the lines of adjacent vertices side by side, longest first: neighbours are a stride apart.
@@ -297,8 +288,6 @@ class _Kernel:
         for runs in self.axes:
             for begin, end, source, stride in runs:
                 x = np.take(vertices, source, axis=0, out=blurred[begin:end], mode="clip")
-                if len(x) == stride:
-                    continue  # vertices without neighbours on this axis
                 half = np.multiply(x, np.float32(0.5), out=buffer[:len(x)])
                 x[stride:] += half[:-stride]
                 x[:-stride] += half[stride:]
@@ -319,17 +308,17 @@ class _Stencil:
         # Pixels a period apart reach no pixel in common: filter them all at once, as one class.
         *scratch, (out,) = _buffers([kernel], period ** 2)
         kernel.filter(np.eye(period ** 2, dtype=np.float32)[y % period * period + x % period], *scratch, out)
-        n_bands, n_tiles = -(-width // TILE), -(-height // TILE)  # tiles above each other are a band
-        blocks = np.zeros((n_bands, n_tiles, side, side, TILE, TILE), np.float32)
+        n_bands, n_tiles = -(-width // TILE), -(-height // TILE)  # a band: the tiles above each other
+        tile, lane = x // TILE * n_tiles + y // TILE, y % TILE * TILE + x % TILE
+        self.place = tile * GROUP + lane
+        blocks = np.zeros((n_bands * n_tiles, side, side, GROUP), np.float32)
         for dy, dx in np.ndindex(period, period):
-            blocks[x // TILE, y // TILE, y % TILE + dy, x % TILE + dx, y % TILE, x % TILE] = \
-                out[kernel.place, (y + dy - reach) % period * period + (x + dx - reach) % period]
-        self.blocks = blocks.reshape(n_bands, n_tiles, side * side, GROUP)
-        self.place = ((x // TILE * n_tiles + y // TILE) * TILE + y % TILE) * TILE + x % TILE
-        y = np.arange(n_tiles * TILE + 2 * reach) - reach  # what lies outside of the image meets zeros in the blocks
-        x = np.arange(n_bands)[:, None] * TILE + np.arange(side) - reach
-        self.columns = y.clip(0, height - 1)[:, None] * width + x.clip(0, width - 1)[:, None]
-        self.columns = self.columns.reshape(n_bands, -1)
+            comb = (y + dy - reach) % period * period + (x + dx - reach) % period
+            blocks[tile, y % TILE + dy, x % TILE + dx, lane] = out[kernel.place, comb]
+        self.blocks = blocks.reshape(n_bands, n_tiles, side ** 2, GROUP)
+        y = np.arange(n_tiles * TILE + 2 * reach)[:, None] - reach  # what lies outside of the image meets zeros
+        x = np.arange(n_bands)[:, None, None] * TILE + np.arange(side) - reach
+        self.columns = (y.clip(0, height - 1) * width + x.clip(0, width - 1)).reshape(n_bands, -1)
         self.n_rows, self.n_buffer, self.n_out = 0, self.columns.shape[1], n_bands * n_tiles * GROUP
 
     def filter(self, q, vertices, blurred, buffer, out):
