@@ -17,10 +17,12 @@ occupied vertices are blurred with [1/2, 1, 1/2] along d + 1 axes in turn, and t
 same weights (slice). Constant factors of K cancel in n.
 
 What makes it fast in NumPy (values are rows of C floats, irregular access is `np.take` of whole rows):
-- splat and slice are sparse matrices whose rows are ordered so that 16 neighbours use much the same columns; each 16
-  rows are stored as one dense block over those columns, and a product is a batch of small matrix products;
-- n and sqrt(w) are folded into these matrices, so that normalisation and kernel weights are free;
-- blur puts the lines of an axis side by side, so that all neighbours are one fixed stride away.
+- slice is a sparse matrix whose rows are ordered so that 16 neighbours use much the same columns; each 16 rows are stored
+  as one dense block over those columns, and the product is a batch of small matrix products;
+- splat is these blocks transposed, then the sum of what several blocks add to a vertex;
+- n and sqrt(w) are folded into the blocks, so that normalisation and kernel weights are free;
+- blur puts the lines of an axis side by side, so that all neighbours are one fixed stride away;
+- where k_g reaches but three pixels, slice . blur . splat is composed, once for all images of a size.
 
 As pydensecrf, whose results it equals to rounding: the term j = i stays in the sum, probs are clipped at 1e-5.
 # as the authors' code (src/crf.py, eb4d6b5): colours enter as BGR; a lattice is not symmetric in the order of features.
@@ -158,8 +160,8 @@ def _runs(sizes, rows):
 def _dense_blocks(columns, values):
     """A sparse matrix, of each row the columns and values (R, n), as blocks: GROUP rows by the K columns that any uses.
 
-    Returns [(lo, hi, columns, blocks (groups, K, GROUP))] for rows ordered by falling K of their group, equal K together
-    (filled up with zeros, of column 0), and the number of each row in that order.
+    Returns runs (lo, hi, columns, blocks (groups, K, GROUP)) of rows in order of falling K, filled up with zeros of
+    column 0, and the place of each row in that order.
     """
     padding = (0, -len(columns) % GROUP), (0, 0)
     columns = np.pad(columns, padding, mode="edge").reshape(-1, GROUP * columns.shape[1])
@@ -303,32 +305,37 @@ class _Stencil:
 
     def __init__(self, kernel, height, width, reach):
         """reach of a pixel: a simplex, two steps of blur and a simplex again, all of side std, ends excluded."""
-        side, period = TILE + 2 * reach, 2 * reach + 1
+        self.side, period = TILE + 2 * reach, 2 * reach + 1
         y, x = np.divmod(np.arange(height * width), width)
-        # Pixels a period apart reach no pixel in common: filter them all at once, as one class.
+        # No two pixels of a period by period square are of one class, so one filtering tells all that a pixel receives.
         *scratch, (out,) = _buffers([kernel], period ** 2)
         kernel.filter(np.eye(period ** 2, dtype=np.float32)[y % period * period + x % period], *scratch, out)
+        step = np.arange(period) - reach
+        sender = ((y[:, None] + step) % period * period)[:, :, None] + ((x[:, None] + step) % period)[:, None]
+        received = np.take_along_axis(out[kernel.place], sender.reshape(len(y), -1), axis=1)
+
         n_bands, n_tiles = -(-width // TILE), -(-height // TILE)  # a band: the tiles above each other
-        tile, lane = x // TILE * n_tiles + y // TILE, y % TILE * TILE + x % TILE
-        self.place = tile * GROUP + lane
-        blocks = np.zeros((n_bands * n_tiles, side, side, GROUP), np.float32)
-        for dy, dx in np.ndindex(period, period):
-            comb = (y + dy - reach) % period * period + (x + dx - reach) % period
-            blocks[tile, y % TILE + dy, x % TILE + dx, lane] = out[kernel.place, comb]
-        self.blocks = blocks.reshape(n_bands, n_tiles, side ** 2, GROUP)
+        self.place = ((x // TILE * n_tiles + y // TILE) * TILE + y % TILE) * TILE + x % TILE
+        self.n_rows, self.n_out = 0, n_bands * n_tiles * GROUP
+        lanes = np.zeros((self.n_out, period ** 2), np.float32)
+        lanes[self.place] = received
+        lanes = lanes.reshape(n_bands, n_tiles, TILE, TILE, period, period)
+        self.blocks = np.zeros((n_bands, n_tiles, self.side, self.side, TILE, TILE), np.float32)
+        for i, j in np.ndindex(TILE, TILE):
+            self.blocks[:, :, i:i + period, j:j + period, i, j] = lanes[:, :, i, j]
+        self.blocks = self.blocks.reshape(n_bands, n_tiles, self.side ** 2, GROUP)
         y = np.arange(n_tiles * TILE + 2 * reach)[:, None] - reach  # what lies outside of the image meets zeros
-        x = np.arange(n_bands)[:, None, None] * TILE + np.arange(side) - reach
+        x = np.arange(n_bands)[:, None, None] * TILE + np.arange(self.side) - reach
         self.columns = (y.clip(0, height - 1) * width + x.clip(0, width - 1)).reshape(n_bands, -1)
-        self.n_rows, self.n_buffer, self.n_out = 0, self.columns.shape[1], n_bands * n_tiles * GROUP
+        self.n_buffer = self.columns.shape[1]
 
     def filter(self, q, vertices, blurred, buffer, out):
-        """As _Kernel.filter."""
-        n_bands, n_tiles, n_seen, _ = self.blocks.shape
-        row, side = buffer.strides[0], int(n_seen ** 0.5)
-        out = out.reshape(n_bands, n_tiles, GROUP, -1)
+        """As _Kernel.filter; a window is 4 rows of its band below the one before."""
+        row = buffer.strides[0]
+        out = out.reshape(*self.blocks.shape[:2], GROUP, -1)
         for columns, blocks, tiles in zip(self.columns, self.blocks, out):
             band = np.take(q, columns, axis=0, out=buffer[:len(columns)], mode="clip")
-            windows = np.ndarray((n_tiles, n_seen, q.shape[1]), np.float32, band, 0, (TILE * side * row, row, 4))
+            windows = np.ndarray((*blocks.shape[:2], q.shape[1]), q.dtype, band, 0, (TILE * self.side * row, row, 4))
             np.matmul(blocks.swapaxes(1, 2), windows, out=tiles)
 
 
