@@ -75,7 +75,6 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
     log_probs = probs.reshape(n_classes, -1).T.astype(np.float32, order="C")  # (P, C), as all below
     np.log(np.clip(log_probs, 1e-5, 1, out=log_probs), out=log_probs)
     q, part = np.empty_like(log_probs), np.empty((ROWS, n_classes), np.float32)
-    ones = np.ones(n_classes, np.float32)
     for iteration in range(iterations + 1):  # number 0, without messages, is the start Q = softmax(-U)
         active = list(zip(kernels, messages)) if iteration else []
         for kernel, message in active:
@@ -88,7 +87,7 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
             if x.max() > 80:  # exp would overflow; below it needs no shift, as messages >= 0 and -U >= log 1e-5
                 x -= x.max(axis=1, keepdims=True)
             np.exp(x, out=x)
-            x /= (x @ ones)[:, None]
+            x /= (x @ np.ones(n_classes, np.float32))[:, None]
     return np.ascontiguousarray(q.T).reshape(probs.shape)
 
 
@@ -179,9 +178,7 @@ def _dense_blocks(columns, values):
         used[cells] = columns[chosen]
         blocks.reshape(-1, GROUP)[cells, lanes[chosen]] = values[chosen]
         runs.append((start * GROUP, stop * GROUP, used, blocks))
-    place = np.empty((len(width), GROUP), np.int64)
-    place[by_width] = np.arange(place.size).reshape(-1, GROUP)
-    return runs, place.ravel()
+    return runs, (GROUP * np.argsort(by_width)[:, None] + np.arange(GROUP)).ravel()
 
 
 class _Kernel:
@@ -233,16 +230,13 @@ class _Kernel:
         """Each block adds to the vertices it uses: vertex of each such partial sum. Returns the row of each vertex."""
         partial = np.append(1 + np.argsort(vertex, kind="stable"), 0)  # rows, those of a vertex together; last that of zeros
         degree = np.bincount(vertex)
-        start = np.cumsum(degree) - degree
-        by_degree = 1 + np.argsort(-degree[1:], kind="stable")
-        row = np.zeros_like(degree)
-        row[by_degree] = 1 + np.arange(len(by_degree))
+        start, by_degree = np.cumsum(degree) - degree, 1 + np.argsort(-degree[1:], kind="stable")
         self.sums, self.n_rows = [], len(partial)
         for lo, hi, size in _runs(degree[by_degree], ROWS):
             position, chosen = np.arange(size)[:, None], by_degree[lo:hi]
             source = partial[np.where(position < degree[chosen], start[chosen] + position, -1)]
             self.sums.append((1 + lo, 1 + hi, source.ravel()))
-        return row[1:]
+        return 1 + np.argsort(by_degree)
 
     def _plan_blur(self, keys, radix, row):
         """For each axis lay the lines of adjacent vertices side by side, longest first: neighbours are a stride apart.
@@ -317,9 +311,8 @@ class _Stencil:
         n_bands, n_tiles = -(-width // TILE), -(-height // TILE)  # a band: the tiles above each other
         self.place = ((x // TILE * n_tiles + y // TILE) * TILE + y % TILE) * TILE + x % TILE
         self.n_rows, self.n_out = 0, n_bands * n_tiles * GROUP
-        lanes = np.zeros((self.n_out, period ** 2), np.float32)
-        lanes[self.place] = received
-        lanes = lanes.reshape(n_bands, n_tiles, TILE, TILE, period, period)
+        lanes = np.zeros((n_bands, n_tiles, TILE, TILE, period, period), np.float32)
+        lanes.reshape(self.n_out, -1)[self.place] = received
         self.blocks = np.zeros((n_bands, n_tiles, self.side, self.side, TILE, TILE), np.float32)
         for i, j in np.ndindex(TILE, TILE):
             self.blocks[:, :, i:i + period, j:j + period, i, j] = lanes[:, :, i, j]
@@ -332,11 +325,10 @@ class _Stencil:
     def filter(self, q, vertices, blurred, buffer, out):
         """As _Kernel.filter; a window is 4 rows of its band below the one before."""
         row = buffer.strides[0]
-        out = out.reshape(*self.blocks.shape[:2], GROUP, -1)
-        for columns, blocks, tiles in zip(self.columns, self.blocks, out):
+        for columns, blocks, tiles in zip(self.columns, self.blocks, np.split(out, len(self.blocks))):
             band = np.take(q, columns, axis=0, out=buffer[:len(columns)], mode="clip")
             windows = np.ndarray((*blocks.shape[:2], q.shape[1]), q.dtype, band, 0, (TILE * self.side * row, row, 4))
-            np.matmul(blocks.swapaxes(1, 2), windows, out=tiles)
+            np.matmul(blocks.swapaxes(1, 2), windows, out=tiles.reshape(-1, GROUP, q.shape[1]))
 
 
 def _buffers(kernels, n_classes):
