@@ -17,8 +17,8 @@ occupied vertices are blurred with [1/2, 1, 1/2] along d + 1 axes in turn, and t
 same weights (slice). Constant factors of K cancel in n.
 
 What makes it fast in NumPy (values are rows of C floats, irregular access is `np.take` of whole rows):
-- slice is a sparse matrix whose rows are ordered so that 16 neighbours use much the same columns; each 16 rows are stored
-  as one dense block over those columns, and the product is a batch of small matrix products;
+- slice is a sparse matrix whose rows are ordered so that 16 neighbours use much the same columns; each 16 rows are one
+  dense block over those columns, and the product is a batch of small matrix products;
 - splat is these blocks transposed, then the sum of what several blocks add to a vertex;
 - n and sqrt(w) are folded into the blocks, so that normalisation and kernel weights are free;
 - blur puts the lines of an axis side by side, so that all neighbours are one fixed stride away;
@@ -80,13 +80,13 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
         for kernel, message in active:
             kernel.filter(q, *scratch, message)
         for lo in range(0, len(q), ROWS):
-            x = q[lo:lo + ROWS]
-            x[:] = log_probs[lo:lo + ROWS]
+            x, total = q[lo:lo + ROWS], log_probs[lo:lo + ROWS]
             for kernel, message in active:
-                x += np.take(message, kernel.place[lo:lo + ROWS], axis=0, out=part[:len(x)], mode="clip")
-            if x.max() > 80:  # exp would overflow; below it needs no shift, as messages >= 0 and -U >= log 1e-5
-                x -= x.max(axis=1, keepdims=True)
-            np.exp(x, out=x)
+                received = np.take(message, kernel.place[lo:lo + ROWS], axis=0, out=part[:len(x)], mode="clip")
+                total = np.add(total, received, out=x)
+            if total.max() > 80:  # exp would overflow; below it needs no shift, as messages >= 0 and -U >= log 1e-5
+                total -= total.max(axis=1, keepdims=True)
+            np.exp(total, out=x)
             x /= (x @ np.ones(n_classes, np.float32))[:, None]
     return np.ascontiguousarray(q.T).reshape(probs.shape)
 
@@ -228,7 +228,7 @@ class _Kernel:
 
     def _plan_sums(self, vertex):
         """Each block adds to the vertices it uses: vertex of each such partial sum. Returns the row of each vertex."""
-        partial = np.append(1 + np.argsort(vertex, kind="stable"), 0)  # rows, those of a vertex together; last that of zeros
+        partial = np.append(1 + np.argsort(vertex, kind="stable"), 0)  # rows by vertex; last the row of zeros
         degree = np.bincount(vertex)
         start, by_degree = np.cumsum(degree) - degree, 1 + np.argsort(-degree[1:], kind="stable")
         self.sums, self.n_rows = [], len(partial)
@@ -277,7 +277,8 @@ class _Kernel:
         for lo, hi, _, blocks in self.runs:  # splat
             begin, end = end, end + blocks.shape[0] * blocks.shape[1]
             x = np.take(q, self.point[lo:hi], axis=0, out=buffer[:hi - lo], mode="clip")
-            np.matmul(blocks, x.reshape(-1, GROUP, n_classes), out=blurred[begin:end].reshape(len(blocks), -1, n_classes))
+            np.matmul(blocks, x.reshape(-1, GROUP, n_classes),
+                      out=blurred[begin:end].reshape(len(blocks), -1, n_classes))
         for lo, hi, source in self.sums:
             x = np.take(blurred, source, axis=0, out=buffer[:len(source)], mode="clip")
             np.add.reduce(x.reshape(-1, hi - lo, n_classes), axis=0, out=vertices[lo:hi])
@@ -295,7 +296,7 @@ class _Kernel:
 
 
 class _Stencil:
-    """A spatial kernel of small reach, composed: each tile of 4 x 4 pixels is a dense block times the window it sees."""
+    """A spatial kernel of small reach, composed: a tile of 4 x 4 pixels is a dense block times the window it sees."""
 
     def __init__(self, kernel, height, width, reach):
         """reach of a pixel: a simplex, two steps of blur and a simplex again, all of side std, ends excluded."""
