@@ -337,8 +337,8 @@ def crf_pool(workers):
 def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2, n_samples=5):
     """Predictions of several probes for one collection, each with and without CRF.
 
-    probes: name -> (probe, what it reads): "features", "codes", or a module that maps the features. Returns (confusions, samples): name -> confusion
-    matrix, "<name> + CRF" likewise; samples: n_samples evenly spaced images as dicts of "image" (size, size, 3),
+    probes: name -> (probe, what it reads): "features", "codes", or a module that maps the features. Returns (confusions,
+    samples): name -> confusion matrix, "<name> + CRF" likewise; samples: n_samples evenly spaced images as dicts of "image" (size, size, 3),
     "label" (None without labels) and one uint8 map of clusters for every name. Of several processes each takes its
     share of the images, and all return the same.
     """
@@ -456,7 +456,8 @@ def compare(folders):
         for name in ("seed", "shifts"):  # automatic shifts depend on the seed
             config.pop(name, None)
         results, prediction = summary["results"], summary["prediction"]
-        results.update({f"prediction{crf}": results[prediction + crf] for crf in ("", " + CRF") if prediction + crf in results})
+        results.update({name.replace(prediction, "prediction"): result for name, result in results.items()
+                        if name.startswith(prediction)})
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(results)
     settings = [json.loads(key) for key in groups]
     differing = [name for name in settings[0] if len({str(config.get(name)) for config in settings}) > 1]
@@ -695,7 +696,8 @@ def draw_curves(path, plots, x_label, colours=((0, 114, 178), (213, 94, 0)), mar
         at = (left + wide / 2, top - 8 - title_h / 2)
         draw.text(at, titles[i], "black", title_font, "mm", align="center")
         draw.text((left + wide / 2, top + high + 36), x_label, "black", font, "mm")
-        points = {name: np.array(line, float)[:, np.isfinite(np.array(line, float)).all(0)] for name, line in plot_lines.items()}
+        points = {name: np.array(line, float) for name, line in plot_lines.items()}
+        points = {name: line[:, np.isfinite(line).all(0)] for name, line in points.items()}
         x, y = np.concatenate(list(points.values()), axis=1)
         (x0, x1, x_marks), (y0, y1, y_marks) = _axis(x), _axis(y)
         plot = Image.new("RGB", (wide * sharp, high * sharp), "white")
@@ -854,7 +856,8 @@ def main():
                         "or in a folder named like the .ckpt)")
     parser.add_argument("--dataset", choices=data.DATASETS, help="default: the one it was trained on")
     parser.add_argument("--data-root", metavar="FOLDER", help="default: the one it was trained on")
-    parser.add_argument("--split", default="val", help="val, train, or dev of the scenes (default val)")
+    parser.add_argument("--split", default="val", help="val (default) or train; dev of the scenes; unlabelled_train "
+                        "of potsdam")
     parser.add_argument("--eval-resolution", type=int, help="pixels of the shorter side (default: as in training)")
     parser.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True,
                         help="sharpen with the dense CRF; --no-crf is several times faster")

@@ -440,16 +440,16 @@ def same_class_rates(maps, neighbors, seed=0, n_images=48, n_points=128, n_rand=
     others = torch.randperm(n, generator=generator)[:n_rand]
     rand = torch.cat([points(some, 4 * n_rand // len(others)) for some in others.split(64)])
 
-    def owner(*counts):  # (m, m): which of m points are from different images, these many of each
-        image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(self_.device)
-        return image[:, None] != image
+    def different(ids):  # (m, m) bool: which of m points differ in their id
+        return (ids[:, None] != ids).to(rand.device)
 
-    m, estimates = self_.shape[1], []
-    for vectors, pairs, joinable, kept in (  # (groups, points, D), pairs that count, and that may be joined
-            (self_, ~torch.eye(m, dtype=torch.bool), ~torch.eye(m, dtype=torch.bool), 0.90),
-            (torch.cat([self_, knn], 1), owner(m, m), ~torch.eye(2 * m, dtype=torch.bool), 0.90),
-            (rand.flatten(0, 1)[None], *[owner(*[rand.shape[1]] * len(rand))] * 2, 0.975)):
-        pairs, joinable = pairs.to(vectors.device), joinable.to(vectors.device)
+    both = torch.arange(2 * self_.shape[1])
+    one, image = both[:self_.shape[1]], torch.arange(rand.shape[0] * rand.shape[1]) // rand.shape[1]
+    estimates = []
+    for vectors, pairs, joinable, kept in (  # groups of points, the pairs that count, those that may be joined
+            (self_, different(one), different(one), 0.90),
+            (torch.cat([self_, knn], 1), different(both // len(one)), different(both), 0.90),
+            (rand.flatten(0, 1)[None], different(image), different(image), 0.975)):
         F = (vectors @ vectors.transpose(1, 2)).masked_fill(~joinable, -2)
         rates = [percent / 100 for percent in (*range(5, 30), *range(30, 82, 2))]
         kappas = transitivity(F, pairs[None], rates)

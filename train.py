@@ -99,7 +99,8 @@ def parse_args():
                        "mean and spread (default 1)")
     group.add_argument("--resume", action="store_true", default=False, help="go on with the run of that name")
     group.add_argument("--steps", type=int, help="training steps (default 2000)")
-    group.add_argument("--batch-size", type=int, help="images in a step, each with a neighbour, over all processes (default 16)")
+    group.add_argument("--batch-size", type=int, help="images in a step, each with a neighbour, of all processes "
+                       "together (default 16)")
     group.add_argument("--lr", type=float, help="Adam's rate for the head (default 5e-4)")
     group.add_argument("--probe-lr", type=float, help="Adam's rate for the probes (default 5e-3)")
     group.add_argument("--seed", type=int, help="of weights, batches, points and k-means (default 0)")
@@ -225,7 +226,11 @@ def run(given, options, name):
     # ---- data and backbone ----
     train, val = (data.load_collection(config["dataset"], config["data_root"], split, config["num_classes"])
                   for split in ("train", "val"))
+    if rank:
+        data.gathered(None)  # the first process downloads what is missing, the others find it
     backbone = load_backbone(config["backbone"], device)
+    if rank == 0:
+        data.gathered(None)
     size, eval_size = (data.round_to_patch(config[key], backbone.patch_size) for key in ("resolution", "eval_resolution"))
     bfloat16 = evaluate.choose_precision(config["precision"], device)
     config["precision"] = "bfloat16" if bfloat16 else "float32"  # a resumed run keeps it, wherever it goes on
