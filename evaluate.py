@@ -256,7 +256,8 @@ def correspondences(features, neighbors, head, center, device, dropout=0.0, n_ba
                 valid = (a != VOID) & (b != VOID)
                 F, S, same = F[valid], S[valid], (a == b)[valid]
             found[term].append((F.flatten(), S.flatten(), same))
-    return {term: tuple(None if part[0] is None else torch.cat(part) for part in zip(*parts)) for term, parts in found.items()}
+    return {term: tuple(None if part[0] is None else torch.cat(part) for part in zip(*parts))
+            for term, parts in found.items()}
 
 
 def precision_recall(similarity, same, n_points=200):
@@ -338,8 +339,8 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
     """Predictions of several probes for one collection, each with and without CRF.
 
     probes: name -> (probe, what it reads): "features", "codes", or a module that maps the features. Returns (confusions,
-    samples): name -> confusion matrix, "<name> + CRF" likewise; samples: n_samples evenly spaced images as dicts of "image" (size, size, 3),
-    "label" (None without labels) and one uint8 map of clusters for every name. Of several processes each takes its
+    samples): name -> confusion matrix, "<name> + CRF" likewise; samples: n_samples evenly spaced images as dicts of
+    "index", "image" (size, size, 3), "label" (None without labels) and one uint8 map of clusters for every name. Of several processes each takes its
     share of the images, and all return the same.
     """
     device, (rank, world) = next(model.head.parameters()).device, data.process()
@@ -777,7 +778,8 @@ def draw_heatmaps(path, model, views, neighbors, n_images=5):
         row, (height, width) = [image.permute(1, 2, 0).numpy().copy() for image in images], images.shape[2:]
         y, x = height // 2, width // 2
         mark = max(2, height // 60)
-        row[0][y - mark:y + mark, x - 4 * mark:x + 4 * mark] = row[0][y - 4 * mark:y + 4 * mark, x - mark:x + mark] = 255, 0, 0
+        row[0][y - mark:y + mark, x - 4 * mark:x + 4 * mark] = 255, 0, 0  # a red cross
+        row[0][y - 4 * mark:y + 4 * mark, x - mark:x + mark] = 255, 0, 0
         for maps in (features, model.head(features)):
             query = maps[:1, :, maps.shape[2] // 2:, maps.shape[3] // 2:][:, :, :1, :1]
             similarity = correlation(query.expand(2, -1, -1, -1), maps)[:, 0, 0]  # (2, h, w)

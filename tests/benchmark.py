@@ -82,7 +82,8 @@ def train_step_cached_vs_live(quick, device):
         loss.backward()
         optimizer.step()
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as ahead:
+    reader = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))  # as in train.py
+    with tempfile.TemporaryDirectory() as folder, reader as ahead:
         maps = np.lib.format.open_memmap(f"{folder}/maps.npy", "w+", np.float16, (n, size // 8, size // 8, 384))
         maps[:] = np.random.default_rng(0).standard_normal(maps.shape)
         maps = data.open_map(f"{folder}/maps.npy").permute(0, 3, 1, 2)

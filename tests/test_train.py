@@ -142,11 +142,13 @@ def test_the_probes_teach_the_head_nothing(workplace, monkeypatch):
 # ---- shifts, seeds, baselines ----
 
 def test_shifts_are_quantiles_at_the_shares_of_one_class(workplace, monkeypatch, capsys):
-    train_here(monkeypatch, "--data-root", "images", "--name", "known", "--no-crf", *"--same-class 0.5 0.4 0.2".split(), *SMALL)
+    train_here(monkeypatch, "--data-root", "images", "--name", "known", "--no-crf",
+               *"--same-class 0.5 0.4 0.2".split(), *SMALL)
     train_here(monkeypatch, "--data-root", "images", "--name", "auto", "--no-crf", "--b-knn", "0.125", *SMALL)
     train_here(monkeypatch, "--data-root", "images", "--name", "fixed", "--no-crf", "--preset", "potsdam-vits8",
                "--dataset", "directory", *SMALL)
-    known, auto, fixed = (json.loads((workplace / f"runs/{name}/config.json").read_text()) for name in ("known", "auto", "fixed"))
+    known, auto, fixed = (json.loads((workplace / f"runs/{name}/config.json").read_text())
+                          for name in ("known", "auto", "fixed"))
     health = json.loads((workplace / "runs/known/log.jsonl").read_text().splitlines()[-1])
     assert [health[f"attract_{term}"] for term in ("self", "knn", "rand")] == pytest.approx([0.5, 0.4, 0.2], abs=1e-3)
     assert auto["shifts"][1] == 0.125 and auto["b_self"] == "auto" and -1 < auto["shifts"][0] < 1
