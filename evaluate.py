@@ -223,8 +223,8 @@ def correspondences(features, neighbors, head, center, device, dropout=0.0, n_ba
     """F, S and equality of class of the pairs of points that the three terms of the loss compare.
 
     features, neighbors: of the training views. dropout: of the channels of the features that F is computed from, as in
-    training; it lowers F. Returns {"self", "knn", "rand"} -> (F, S, same), each flat; same is None without labels; with
-    them, pairs with a void point are left out.
+    training; it lowers F. Returns {"self", "knn", "rand"} -> (F, S, same), each flat; same is 1, 0, or -1 where a point is
+    void, and None without labels.
     """
     generator, found = torch.Generator().manual_seed(seed), {"self": [], "knn": [], "rand": []}
     torch.manual_seed(seed)  # for the dropout
@@ -253,8 +253,7 @@ def correspondences(features, neighbors, head, center, device, dropout=0.0, n_ba
             same = None
             if label is not None:
                 a, b = label[:, :, :, None, None], label_other[:, None, None]
-                valid = (a != VOID) & (b != VOID)
-                F, S, same = F[valid], S[valid], (a == b)[valid]
+                same = (a == b).char().masked_fill((a == VOID) | (b == VOID), -1).flatten()
             found[term].append((F.flatten(), S.flatten(), same))
     return {term: tuple(None if part[0] is None else torch.cat(part) for part in zip(*parts))
             for term, parts in found.items()}
@@ -263,9 +262,10 @@ def correspondences(features, neighbors, head, center, device, dropout=0.0, n_ba
 def precision_recall(similarity, same, n_points=200):
     """(recall, precision, average precision) of "similar points have the same class", at n_points recalls.
 
-    similarity, same: (N,) floats and booleans. Average precision: sum over the same-class pairs, ranked by falling
-    similarity, of the precision down to each, by their number.
+    similarity: (N,). same: (N,) of 1, 0 and -1 for pairs to leave out. Average precision: sum over the same-class pairs,
+    ranked by falling similarity, of the precision down to each, by their number.
     """
+    similarity, same = similarity[same >= 0], same[same >= 0]
     hit = same[similarity.argsort(descending=True)].double()
     precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1)
     average = (precision * hit).sum() / hit.sum()

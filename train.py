@@ -281,7 +281,7 @@ def run(given, options, name):
             print("shares of pairs that attract (self, knn, rand):", ", ".join(f"{100 * rate:.0f} %" for rate in rates))
             if train.has_labels:
                 print("shares of pairs of one class, by the labels: " + ", ".join(
-                    f"{100 * same.float().mean():.0f} %" for _, _, same in pairs.values()))
+                    f"{100 * same[same >= 0].float().mean():.0f} %" for _, _, same in pairs.values()))
             quantiles = [F.quantile(1 - rate).item() for (F, _, _), rate in zip(pairs.values(), rates)]
             given_shifts = [quantile if config["same_class"] or shift == "auto" else shift
                             for quantile, shift in zip(quantiles, given_shifts)]
