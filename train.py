@@ -13,6 +13,7 @@ confusion.png. Features go into --cache-dir, where every later run with the same
 import argparse
 import functools
 import json
+import math
 import os
 import textwrap
 import time
@@ -349,6 +350,9 @@ def run(given, options, name):
             recent.append({name: value.detach() for name, value in terms.items()})
             if (step + 1) % options.log_every == 0 and rank == 0:
                 means = {name: round(torch.stack([losses[name] for losses in recent]).mean().item(), 5) for name in terms}
+                bad = [name for name, value in means.items() if not math.isfinite(value)]
+                if bad:
+                    raise InputError(f"step {step + 1}: the loss {', '.join(bad)} is no number; lower --lr or --probe-lr")
                 bar.set_postfix(means)
                 with open(log, "a") as file:
                     file.write(json.dumps({"step": step + 1, **means}) + "\n")

@@ -253,6 +253,14 @@ def test_a_killed_extraction_goes_on_where_it_was(folder, backbone, tmp_path, mo
     assert torch.equal(resumed.maps, undisturbed.maps) and torch.equal(resumed.labels, undisturbed.labels)
 
 
+def test_features_that_are_no_numbers_or_overflow_float16_stop_the_run(folder, backbone, tmp_path):
+    train = data.Directory(folder, "train", 4)
+    for value in (float("nan"), 1e6):
+        backbone.norm.bias.data.fill_(value)
+        with pytest.raises(stego.InputError, match="features"):
+            data.extract_features(backbone, train, 16, cache_dir=tmp_path, workers=0)
+
+
 def test_another_file_weight_size_crop_or_facet_is_another_cache(folder, backbone):
     key = lambda size=16, crop="none", facet="token", bfloat16=False: data.cache_key(
         backbone, data.Directory(folder, "train", 4), size, crop, facet, bfloat16)

@@ -335,6 +335,11 @@ def test_mistakes_are_told_in_a_sentence(arguments, message, workplace, monkeypa
     assert error.startswith("error: ") and message in error
 
 
+def test_a_loss_that_is_no_number_stops_the_run(workplace, monkeypatch):
+    with pytest.raises(stego.InputError, match="step 4: .* --lr"):
+        train_here(monkeypatch, "--data-root", "images", "--name", "t", "--lr", "1e30", *SMALL)
+
+
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(workplace, monkeypatch):
     train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", *SMALL)
     with pytest.raises(stego.InputError, match="--resume"):
