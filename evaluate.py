@@ -9,6 +9,7 @@ Clusters carry no names: each is matched to one class by the Hungarian method on
 whole data set, and only then scored. The linear probe is read as it is.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -313,14 +314,26 @@ def flip_averaged(model, images):
 
 @torch.no_grad()
 def log_probabilities(probe, maps, size):
-    """Class log-probabilities at (H, W) = size from maps (N, C, h, w): (N, n, H, W).
+    """Class log-probabilities at (H, W) = size from maps (N, C, h, w) that are upsampled bilinearly: (N, n, H, W).
 
-    Maps are upsampled bilinearly first. Clusters: log-softmax of 2 x cosine, 2 as the authors' code
-    (eval_segmentation.py:131). Linear probe: log-softmax of its logits.
+    Clusters: log-softmax of 2 x cosine, 2 as the authors' code (eval_segmentation.py:131). Linear probe: log-softmax of
+    its logits. Products with weights and upsampling commute, so the upsampled C channels are never made.
     """
-    maps = nnf.interpolate(maps, size, mode="bilinear", align_corners=False)
-    logits = 2 * probe(maps) if isinstance(probe, ClusterProbe) else probe(maps)
-    return logits.log_softmax(1)
+    upsample = functools.partial(nnf.interpolate, mode="bilinear", align_corners=False)
+    if not isinstance(probe, ClusterProbe):
+        return upsample(probe(maps), size).log_softmax(1)
+    dots = upsample(torch.einsum("nchw,kc->nkhw", maps, nnf.normalize(probe.centroids, dim=1)), size)
+    # The length of an upsampled vector, |p u + q v|^2 = p^2 u.u + q^2 v.v + 2 p q u.v along a row between columns u and v
+    w, W = maps.shape[3], size[1]
+    rows = upsample(maps, (size[0], w))  # (N, C, H, w)
+    squares = rows.square().sum(1)
+    products = torch.cat([(rows[..., :-1] * rows[..., 1:]).sum(1), squares[..., -1:]], 2)  # past the last: itself
+    position = ((torch.arange(W, device=maps.device) + 0.5) * w / W - 0.5).clamp(0, w - 1)
+    u = position.long()
+    q = position - u
+    v = (u + 1).clamp(max=w - 1)
+    length = (1 - q) ** 2 * squares[..., u] + q ** 2 * squares[..., v] + 2 * q * (1 - q) * products[..., u]
+    return (2 * dots / length.clamp(min=1e-24).sqrt()[:, None]).log_softmax(1)
 
 
 def crf_labels(image, predictions):
