@@ -142,7 +142,7 @@ def run_folder(name, dataset, resume):
             raise InputError(f"{folder} holds a run already: add --resume to go on with it, or give another --name")
     else:
         number = 1
-        while taken(Path("runs") / f"{dataset}-{number}"):
+        while taken(Path("runs") / f"{dataset}-{number}") or any(Path("runs").glob(f"{dataset}-{number}-seed*")):
             number += 1
         folder = Path("runs") / f"{dataset}-{number - resume}"
     if resume and not taken(folder):
@@ -412,8 +412,11 @@ def main():
         run(given, options, options.name)
         return
     name = options.name or data.gathered(run_folder(None, resolve(given)["dataset"], options.resume).name)[0]
-    first = resolve(given)["seed"]
-    folders = [run({**given, "seed": seed}, options, f"{name}-seed{seed}") for seed in range(first, first + options.seeds)]
+    first, resume, folders = resolve(given)["seed"], options.resume, []
+    for seed in range(first, first + options.seeds):
+        one = f"{name}-seed{seed}"
+        options.resume = resume and data.gathered(Path("runs", one, "config.json").is_file())[0]
+        folders.append(run({**given, "seed": seed}, options, one))
     if data.process()[0] == 0:
         evaluate.compare(folders)
 

@@ -157,7 +157,11 @@ def test_shifts_are_quantiles_at_the_shares_of_one_class(workplace, monkeypatch,
 
 
 def test_several_seeds_share_the_features_and_are_compared(workplace, monkeypatch, capsys):
-    train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", "--seeds", "2", "--seed", "3", *SMALL)
+    train_here(monkeypatch, "--data-root", "images", "--name", "t-seed3", "--no-crf", "--seed", "3", *SMALL)
+    train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", "--seeds", "2", "--seed", "3", "--resume",
+               *SMALL)
+    assert "resumed at step 12" in capsys.readouterr().out
+    train.evaluate.compare(["runs/t-seed3", "runs/t-seed4"])
     a, b = (weights(workplace / f"runs/t-seed{seed}") for seed in (3, 4))
     assert not torch.equal(a["head.linear.weight"], b["head.linear.weight"])
     assert len(list(workplace.glob("cache/*/maps.npy"))) == 1
