@@ -181,7 +181,7 @@ def crf(quick, device):
 
 
 def evaluation(quick, device):
-    n, size = (8, 128) if quick else (48, 320)
+    n, size = (8, 128) if quick else (16, 320)
     model = stego.Stego(stego.load_backbone("vit_tiny_scenes"), 70, 9, 9).to(device).eval()
     collection, probes = data.Scenes("dev", n), {evaluate.ONLINE: (model.cluster_probe, "codes"),
                                                  evaluate.LINEAR: (model.linear_probe, "codes")}
