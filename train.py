@@ -216,7 +216,7 @@ def run(given, options, name):
     config = resolve(given)
     folder = data.gathered(run_folder(name, config["dataset"], options.resume))[0]
     if options.resume:
-        config = json.loads((folder / "config.json").read_text())
+        config = {**DEFAULTS, **json.loads((folder / "config.json").read_text())}
         different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items()
                      if config.get(key) != value]
         if different:
