@@ -371,7 +371,7 @@ def run(given, options, name):
         fitted = [evaluate.fitted_probe(vectors, config["num_clusters"], config["seed"]).cpu() for vectors in (codes, points)]
         pairs = evaluate.correspondences(features, neighbors, model.head, **pair_options)
         evaluate.draw_diagnostics(folder / "diagnostics.png", pairs, config["shifts"])
-        health, wrong = evaluate.diagnose(codes, fitted[0].to(device), pairs, config["shifts"])
+        health, wrong = evaluate.diagnose(codes.cpu(), fitted[0], pairs, config["shifts"])
         with open(log, "a") as file:
             file.write(json.dumps({"step": config["steps"], **health}) + "\n")
         print("health: " + ", ".join(f"{name} {value:.2f}" for name, value in health.items()))
