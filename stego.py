@@ -635,7 +635,7 @@ def download(url):
     except (OSError, http.client.HTTPException, InputError) as error:
         raise InputError(f"cannot download it ({error}); try again, or fetch {url} on another machine and put it into "
                          f"{file.parent}/") from error
-    print(f"{file}: sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")  # nobody has published one to compare with
+    print(f"{file}: sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")  # we know of none published to compare it with
     return file
 
 
