@@ -539,13 +539,15 @@ def extract_features(backbone, collection, size, crop="none", facet="token", bfl
             for images, labels in loader:
                 maps = frozen_features(backbone, normalize(images.to(device)), facet, bfloat16)
                 chosen = todo[n_read:n_read + len(images) // n_views]
-                if not torch.isfinite(maps.half()).all():
-                    raise InputError(f"{collection.name(chosen[0])} or one of the {len(chosen) - 1} images after it: the backbone "
-                                     "gives features that are no numbers, or too large for float16; are its weights damaged?")
+                half = maps.half()
+                if not torch.isfinite(half).all():
+                    raise InputError(f"{collection.name(chosen[0])} or one of the {len(chosen) - 1} images after it: the "
+                                     "backbone gives features that are no numbers, or too large for float16; are its weights "
+                                     "damaged?")
                 rows = (chosen[:, None] * n_views + np.arange(n_views)).ravel()
                 out["vectors"][rows] = maps.mean((2, 3)).cpu().numpy()
                 if "maps" in out:
-                    out["maps"][rows] = maps.permute(0, 2, 3, 1).half().cpu().numpy()
+                    out["maps"][rows] = half.permute(0, 2, 3, 1).cpu().numpy()
                 if "labels" in out:
                     out["labels"][rows] = labels.numpy()
                 n_read += len(chosen)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 from crf import dense_crf
 from stego import (VOID, ClusterProbe, InputError, correlation, feature_correspondence, linear_probe_loss, load_checkpoint,
-                   replacing, sample)
+                   random_vectors, replacing, sample)
 
 RAW, ONLINE, REFIT, LINEAR = "k-means on features", "cluster probe", "k-means on codes", "linear probe"  # table rows
 
@@ -171,12 +171,7 @@ def sample_positions(maps, n_points=50_000, seed=0):
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(maps), generator=generator)[:2000].sort().values  # enough maps, and quick to read
     per_map = min(maps.shape[2] * maps.shape[3], -(-n_points // len(chosen)))
-    points = []
-    for indices in chosen.split(32):
-        vectors = maps[indices].float().flatten(2).transpose(1, 2)  # (n, h w, D)
-        positions = torch.rand(vectors.shape[:2], generator=generator).argsort(1)[:, :per_map]
-        points.append(vectors.gather(1, positions[..., None].expand(-1, -1, vectors.shape[2])).flatten(0, 1))
-    return torch.cat(points)
+    return torch.cat([random_vectors(maps, indices, per_map, generator).flatten(0, 1) for indices in chosen.split(32)])
 
 
 def fitted_probe(vectors, n_clusters, seed):
@@ -353,8 +348,8 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
 
     probes: name -> (probe, what it reads): "features", "codes", or a module that maps the features. Returns (confusions,
     samples): name -> confusion matrix, "<name> + CRF" likewise; samples: n_samples evenly spaced images as dicts of
-    "index", "image" (size, size, 3), "label" (None without labels) and one uint8 map of clusters for every name. Of several processes each takes its
-    share of the images, and all return the same.
+    "index", "image" (size, size, 3), "label" (None without labels) and one uint8 map of clusters for every name. Of
+    several processes each takes its share of the images, and all return the same.
     """
     device, (rank, world) = next(model.head.parameters()).device, data.process()
     mine = range(rank, len(collection), world)

@@ -398,6 +398,16 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
 # Shifts without tuning: as many pairs attract as seem to show the same class
 # ---------------------------------------------------------------------------------------------------------------
 
+def random_vectors(maps, images, count, generator):
+    """Vectors at `count` distinct random positions (all, if there are fewer) of each of these images, (images, count, D).
+
+    maps: (N, D, h, w), anything that indexes to it. images: (n,) indices.
+    """
+    vectors = maps[images].float().flatten(2).transpose(1, 2)  # (n, h w, D)
+    positions = torch.rand(vectors.shape[:2], generator=generator).argsort(1)[:, :count].to(vectors.device)
+    return vectors.gather(1, positions[..., None].expand(-1, -1, vectors.shape[2]))
+
+
 def transitivity(F, pairs, rates):
     """How nearly "a and b correspond" is transitive, as "a and b have the same class" is, for several shares of pairs.
 
@@ -429,10 +439,8 @@ def same_class_rates(maps, neighbors, seed=0, n_images=48, n_points=128, n_rand=
     """
     generator, n = torch.Generator().manual_seed(seed), len(maps)
 
-    def points(images, count):  # unit features at distinct random positions of each image, (images, count, D)
-        vectors = nnf.normalize(maps[images].float().flatten(2).transpose(1, 2), dim=2)
-        positions = torch.rand(vectors.shape[:2], generator=generator).argsort(1)[:, :count].to(vectors.device)
-        return vectors.gather(1, positions[..., None].expand(-1, -1, vectors.shape[2]))
+    def points(images, count):
+        return nnf.normalize(random_vectors(maps, images, count, generator), dim=2)
 
     x = torch.randperm(n, generator=generator)[:n_images]
     x_knn = neighbors[x, torch.randint(neighbors.shape[1], x.shape, generator=generator)]
@@ -444,14 +452,13 @@ def same_class_rates(maps, neighbors, seed=0, n_images=48, n_points=128, n_rand=
         return (ids[:, None] != ids).to(rand.device)
 
     both = torch.arange(2 * self_.shape[1])
-    one, image = both[:self_.shape[1]], torch.arange(rand.shape[0] * rand.shape[1]) // rand.shape[1]
-    estimates = []
+    within, across = different(both[:self_.shape[1]]), different(torch.arange(rand.shape[0] * rand.shape[1]) // rand.shape[1])
+    rates, estimates = [percent / 100 for percent in (*range(5, 30), *range(30, 82, 2))], []
     for vectors, pairs, joinable, kept in (  # groups of points, the pairs that count, those that may be joined
-            (self_, different(one), different(one), 0.90),
-            (torch.cat([self_, knn], 1), different(both // len(one)), different(both), 0.90),
-            (rand.flatten(0, 1)[None], different(image), different(image), 0.975)):
+            (self_, within, within, 0.90),
+            (torch.cat([self_, knn], 1), different(both // self_.shape[1]), different(both), 0.90),
+            (rand.flatten(0, 1)[None], across, across, 0.975)):
         F = (vectors @ vectors.transpose(1, 2)).masked_fill(~joinable, -2)
-        rates = [percent / 100 for percent in (*range(5, 30), *range(30, 82, 2))]
         kappas = transitivity(F, pairs[None], rates)
         best = kappas.index(max(kappas))
         falls = [i for i in range(best, len(rates)) if kappas[i] < kept * kappas[best]]

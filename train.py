@@ -308,9 +308,9 @@ def run(given, options, name):
         print(f"resumed at step {first_step}")
     # What was logged after the checkpoint is done again, and so is the health; a kill may have cut the last line.
     lines = log.read_text().rpartition("\n")[0].splitlines() if log.is_file() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= first_step and "self" in json.loads(line)]
+    kept = [row for row in map(json.loads, lines) if row["step"] <= first_step and "self" in row]
     if rank == 0:
-        data.write_text(log, "".join(f"{line}\n" for line in kept))
+        data.write_text(log, "".join(json.dumps(row) + "\n" for row in kept))
 
     def save(step):
         if rank == 0:
