@@ -421,12 +421,7 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
         results[name]["iou"] = [None if math.isnan(iou) else iou for iou in results[name]["iou"]]  # JSON has no NaN
 
     if results:
-        width = max(map(len, probes))
-        print(f"\n{'':{width}}   mIoU  accuracy" + "   + CRF: mIoU  accuracy" * (f"{prediction} + CRF" in results))
-        for name in probes:
-            rows = [results[key] for key in (name, f"{name} + CRF") if key in results]
-            print(f"{name:{width}}  " + "        ".join(f"{row['miou']:5.1f}     {row['accuracy']:5.1f}" for row in rows)
-                  + "   <- the prediction" * (name == prediction))
+        print("\n" + table({name: [result] for name, result in results.items()}, prediction))
         matched = results[prediction]["assignment"]
         order = sorted(range(len(matched)), key=lambda k: (matched[k] < 0, matched[k], k))
         draw_confusion(folder / "confusion.png", np.asarray(confusions[prediction])[order],
@@ -454,30 +449,47 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
     return summary
 
 
+def table(results, prediction=None):
+    """Scores as text, a line a probe; of several runs their mean and standard deviation.
+
+    results: name of a probe, with " + CRF" or without -> the `scores` of each run.
+    """
+    names = [name for name in results if not name.endswith(" + CRF")]
+    width = max(map(len, names))
+    suffixes = [suffix for suffix in ("", " + CRF") if any(f"{name}{suffix}" in results for name in names)]
+    lines = [" " * width + "".join(f"{'mIoU' + suffix:>14}{'accuracy':>14}" for suffix in suffixes)]
+    for name in names:
+        line = f"{name:{width}}"
+        for runs in (results.get(name + suffix, []) for suffix in suffixes):
+            for values in ([run["miou"] for run in runs], [run["accuracy"] for run in runs]):
+                cell = f"{np.mean(values):.1f}" if values else ""
+                cell += f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+                line += f"{cell:>14}"
+        lines.append(line + "   <- the prediction" * (name == prediction))
+    return "\n".join(lines)
+
+
 def compare(folders):
-    """Prints one line of mIoU for all runs that differ in nothing but their seed: mean +- standard deviation."""
+    """Prints a table for each group of runs that differ in nothing but their seed: mean ± standard deviation."""
     groups = {}
     for folder in map(Path, folders):
         try:
-            config, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "scores.json"))
+            summary = json.loads((folder / "scores.json").read_text())
+            home = folder if (folder / "config.json").is_file() else folder.parent  # of what evaluate.py wrote
+            config = json.loads((home / "config.json").read_text())
         except (OSError, ValueError) as error:
             raise InputError(f"--compare {folder}: not the folder of a finished run ({error})") from error
         for name in ("seed", "shifts"):  # automatic shifts depend on the seed
             config.pop(name, None)
         results, prediction = summary["results"], summary["prediction"]
-        results.update({name.replace(prediction, "prediction"): result for name, result in results.items()
+        results.update({name.replace(prediction, "the prediction"): result for name, result in results.items()
                         if name.startswith(prediction)})
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(results)
     settings = [json.loads(key) for key in groups]
     differing = [name for name in settings[0] if len({str(config.get(name)) for config in settings}) > 1]
-    rows = [RAW, ONLINE, REFIT, "prediction", "prediction + CRF", LINEAR]
-    print("mIoU:" + "".join(f"{name:>22}" for name in rows) + "  seeds, and how these runs differ from the others")
     for config, runs in zip(settings, groups.values()):
-        line = " " * 5
-        for name in rows:
-            values = [run[name]["miou"] for run in runs if name in run]
-            line += f"{np.mean(values):14.1f} +- {np.std(values, ddof=len(values) > 1):4.1f}" if values else " " * 22
-        print(line + f"  {len(runs):5}  " + ", ".join(f"{name} {config.get(name)}" for name in differing))
+        print("\n" + ", ".join([f"runs: {len(runs)}", *(f"{name} {config.get(name)}" for name in differing)]))
+        print(table({name: [run[name] for run in runs if name in run] for name in runs[0]}))
 
 
 def cluster_names(assignment, names, order):

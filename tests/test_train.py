@@ -121,11 +121,11 @@ def test_the_same_command_gives_the_same_weights_and_another_seed_others(workpla
     capsys.readouterr()
     train_here(monkeypatch, "--data-root", "images", "--name", "d", "--no-crf", "--no-zero-clamp", *SMALL)
     train.evaluate.compare(["runs/a", "runs/c", "runs/d"])
-    lines = capsys.readouterr().out.splitlines()[-2:]
+    ours, other = capsys.readouterr().out.split("runs: ")[1:]
     results = [json.loads((workplace / f"runs/{name}/scores.json").read_text())["results"] for name in "ac"]
     scored = [result["linear probe"]["miou"] for result in results]
-    assert f"{np.mean(scored):.1f} +- {np.std(scored, ddof=1):4.1f}      2  zero_clamp True" in lines[0]
-    assert " 0.0      1  zero_clamp False" in lines[1]
+    assert ours.startswith("2, zero_clamp True") and other.startswith("1, zero_clamp False") and "±" not in other
+    assert f"{np.mean(scored):.1f} ± {np.std(scored, ddof=1):.1f}" in ours.split("linear probe")[1]
 
 
 def test_the_probes_teach_the_head_nothing(workplace, monkeypatch):
@@ -165,7 +165,7 @@ def test_several_seeds_share_the_features_and_are_compared(workplace, monkeypatc
     a, b = (weights(workplace / f"runs/t-seed{seed}") for seed in (3, 4))
     assert not torch.equal(a["head.linear.weight"], b["head.linear.weight"])
     assert len(list(workplace.glob("cache/*/maps.npy"))) == 1
-    assert " +- " in capsys.readouterr().out.splitlines()[-1]
+    assert " ± " in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_baselines_and_correspondences_of_a_checkpoint(workplace, monkeypatch, capsys):
