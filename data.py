@@ -28,7 +28,7 @@ from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 from assets import scenes
-from stego import VOID, InputError, frozen_features, replacing
+from stego import VOID, InputError, frozen_features, lock, replacing
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every DINO model expects
 RESIZE = InterpolationMode.NEAREST  # as the authors' code, utils.py:176-180, images too: their checkpoints saw this
@@ -480,10 +480,19 @@ def cache_key(backbone, collection, size, crop, facet, bfloat16):
 
 
 def open_map(path):
-    """A .npy file as a tensor over its read-only memory map: only what is indexed is read."""
+    """A .npy file as a tensor over its read-only memory map: only what is indexed is read. Raises InputError naming it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes
-        return torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False))
+        return torch.from_numpy(load_array(path, "r"))
+
+
+def load_array(path, mode):
+    """A .npy file as a memory map. Raises InputError for one that is damaged."""
+    try:
+        return np.load(path, mmap_mode=mode, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete the folder {Path(path).parent}, and the next run fills it "
+                         "again") from error
 
 
 def extract_features(backbone, collection, size, crop="none", facet="token", bfloat16=False, cache_dir="cache",
@@ -494,8 +503,8 @@ def extract_features(backbone, collection, size, crop="none", facet="token", bfl
     read; "auto" is cached if that takes no more than `cache_gb` (10^9 bytes) and the disk has room.
 
     Writes into `<cache_dir>/<key>.partial` and renames the folder when it is complete. A killed extraction goes on
-    with the images that are not done. Of several processes each extracts its share. Raises InputError for bad images
-    and a full disk.
+    with the images that are not done. Of several processes each extracts its share. Another run that fills the same
+    cache is waited for. Raises InputError for bad images and a full disk.
     """
     rank, world = process()
     n_views = 5 if crop == "five" else 1
@@ -521,16 +530,26 @@ def extract_features(backbone, collection, size, crop="none", facet="token", bfl
         key, layout = f"{key}-vectors", {"vectors": layout["vectors"]}
     folder, partial = cache_dir / key, cache_dir / f"{key}.partial"
 
+    if rank == 0 and not folder.is_dir():
+        held = cache_lock(folder)
     if not gathered(folder.is_dir())[0]:
         if rank == 0 and not (partial / "done.npy").is_file():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            for name, (shape, dtype) in layout.items():
-                np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)
+            try:
+                for name, (shape, dtype) in layout.items():
+                    np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)
+                    if hasattr(os, "posix_fallocate"):  # a map that meets a full disk later would kill the process
+                        with open(partial / f"{name}.npy", "r+b") as file:
+                            os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
+            except OSError as error:
+                shutil.rmtree(partial)
+                raise InputError(f"{cache_dir}: no room for the features ({error.strerror}); give another disk with "
+                                 "--cache-dir, or --features live") from error
             with replacing(partial / "done.npy") as temporary, open(temporary, "wb") as file:
                 np.save(file, np.zeros(len(collection), bool))  # which images are on the disk
         gathered(None)
-        out = {name: np.load(partial / f"{name}.npy", mmap_mode="r+", allow_pickle=False) for name in (*layout, "done")}
+        out = {name: load_array(partial / f"{name}.npy", "r+") for name in (*layout, "done")}
         done = out.pop("done")
         todo = gathered(np.flatnonzero(~done))[0][rank::world]
         n_read, n_saved, saved = 0, 0, time.monotonic()
@@ -559,8 +578,8 @@ def extract_features(backbone, collection, size, crop="none", facet="token", bfl
                     n_saved, saved = n_read, time.monotonic()
         gathered(None)
         if rank == 0:
-            (partial / "done.npy").unlink()
             os.replace(partial, folder)
+            held.close()
         gathered(None)
 
     opened = {name: open_map(folder / f"{name}.npy") for name in layout}
@@ -579,6 +598,11 @@ def extract_features(backbone, collection, size, crop="none", facet="token", bfl
 
     return Features(Live((n, D, side, side), maps), opened["vectors"],
                     Live((n, size, size), functools.partial(view, 1)) if collection.has_labels else None, folder)
+
+
+def cache_lock(folder):
+    """A lock for the one process that fills the cache `folder`, whose lock file lies beside it. Waits for others."""
+    return lock(f"{folder}.lock", f"waiting for another run, which is filling {folder}")
 
 
 def write_text(path, text):
@@ -608,6 +632,8 @@ def nearest_neighbors(vectors, k, rows=slice(None)):
 def cached_neighbors(features, k, device="cpu"):
     """nearest_neighbors of the features' vectors, computed once and kept beside them. Each process computes its rows."""
     path = features.folder / f"neighbors_{k}.npy"
+    if process()[0] == 0 and not path.is_file():
+        held = cache_lock(features.folder)
     if not gathered(path.is_file())[0]:
         rank, world = process()
         n = len(features.vectors)
@@ -616,5 +642,6 @@ def cached_neighbors(features, k, device="cpu"):
         if rank == 0:
             with replacing(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, neighbors.numpy())
+            held.close()
         gathered(None)
     return open_map(path)

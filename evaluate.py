@@ -13,10 +13,12 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
 import textwrap
+import threading
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -278,7 +280,7 @@ def diagnose(codes, probe, pairs, shifts):
     attract: shares of the pairs (see correspondences) whose F is above the shift. Returns (dict, sentences).
     """
     variances = torch.linalg.svdvals(nnf.normalize(codes, dim=1)).square()
-    share = variances / variances.sum()
+    share = variances / variances.sum().clamp(min=1e-12)
     similarity, nearest = probe(codes[:, :, None, None]).flatten(1).max(1)
     health = {"effective_rank": torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item(),
               "compactness": similarity.mean().item(),
@@ -286,7 +288,7 @@ def diagnose(codes, probe, pairs, shifts):
     health.update({f"attract_{term}": (F > shift).float().mean().item()
                    for (term, (F, _, _)), shift in zip(pairs.items(), shifts)})
     wrong = []
-    if health["effective_rank"] < 1.5 or health["largest_cluster"] > 0.9:
+    if len(probe.centroids) > 1 and (health["effective_rank"] < 1.5 or health["largest_cluster"] > 0.9):
         wrong.append("the codes collapsed, nearly all look alike: raise the shifts (--b-self, --b-knn, --b-rand), so that "
                      "fewer pairs attract")
     elif health["compactness"] < 0.5:
@@ -336,11 +338,21 @@ def crf_labels(image, predictions):
     return [dense_crf(image, probabilities).argmax(0).astype(np.uint8) for probabilities in predictions]
 
 
+def follow_parent():
+    """Ends this process as soon as its parent is dead: if that was killed, it would wait for work for ever."""
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def crf_pool(workers):
     """Processes for crf_labels, one BLAS thread each: several would fight for the cores the processes share."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # read by the children when they start; this process has long read its own
-    return ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn"), initializer=follow_parent)
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what started like this ignores Ctrl-C: it ends with us
+    for _ in range(workers):
+        pool.submit(int)  # starts a process
+    signal.signal(signal.SIGINT, on_interrupt)
+    return pool
 
 
 def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2, n_samples=5):
@@ -405,11 +417,11 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
 # Results: a table, scores.json, pictures
 # ---------------------------------------------------------------------------------------------------------------
 
-def report(folder, confusions, samples, collection, probes, prediction, seconds=None):
+def report(folder, confusions, samples, collection, probes, prediction, seconds=None, warnings=()):
     """Prints the table and writes scores.json, panel.png and, with labels, confusion.png into `folder`.
 
-    prediction: the name of the probe whose clusters are the result. seconds: stage -> time, stored. Returns what it
-    stored.
+    prediction: the name of the probe whose clusters are the result. seconds: stage -> time, stored. warnings: what is
+    wrong with the codes, printed below the table and stored. Returns what it stored.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -426,6 +438,9 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
         order = sorted(range(len(matched)), key=lambda k: (matched[k] < 0, matched[k], k))
         draw_confusion(folder / "confusion.png", np.asarray(confusions[prediction])[order],
                        cluster_names(matched, collection.names, order), collection.names, collection.palette)
+
+    for sentence in warnings:
+        print(f"warning: {sentence}")
 
     columns = [("image", [sample["image"] for sample in samples])]
     if collection.has_labels:
@@ -444,7 +459,8 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
     draw_panel(folder / "panel.png", columns, names, cluster_palette(range(len(names)), collection.palette))
 
     summary = {"data": str(collection.root), "split": collection.split, "images": len(collection),
-               "classes": collection.names, "prediction": prediction, "results": results, "seconds": seconds}
+               "classes": collection.names, "prediction": prediction, "warnings": list(warnings), "results": results,
+               "seconds": seconds}
     data.write_text(folder / "scores.json", json.dumps(summary, indent=1))
     return summary
 
@@ -856,14 +872,21 @@ def default_workers():
 
 
 def run(main):
-    """main(), with a user's mistake as one sentence and exit status 2, and Ctrl-C as another and 130."""
+    """main(), with what goes wrong as one sentence: exit status 2, or 130 after Ctrl-C."""
     try:
         main()
-    except KeyboardInterrupt:
-        print("interrupted; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        if data.process()[0] == 0:
+            print(f"\ninterrupted; {interruption or 'the same command starts again'}", file=sys.stderr)
         sys.exit(130)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a missing permission; without a file it is none of those
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror or error.args[0]}; what was written before is whole, and a training "
+              "run goes on with --resume", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -956,7 +979,7 @@ def main():
     confusions, samples = evaluate(model, collection, size, probes, args.crf, workers=args.workers)
     if rank:
         return
-    report(out, confusions, samples, collection, probes, prediction)
+    report(out, confusions, samples, collection, probes, prediction, warnings=config.get("warnings", ()))
     print(f"scores and pictures are in {out}")
 
 

@@ -18,8 +18,10 @@ head is trained so that two points have similar codes where their features corre
 """
 import collections
 import contextlib
+import errno
 import hashlib
 import http.client
+import io
 import os
 import pickle
 import zipfile
@@ -28,6 +30,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf  # so that F can be the paper's F
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
 
 VOID = 255  # label of pixels that are neither taught nor scored
 DINO_URL, DINOV2_URL = "https://dl.fbaipublicfiles.com/dino/", "https://dl.fbaipublicfiles.com/dinov2/"
@@ -619,10 +626,38 @@ def read_tensors(path, device="cpu"):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Gives a temporary name to write to, and then puts that file in the place of `path`: never half-written there."""
+    """Gives a temporary name to write to, and then puts that file in the place of `path`: never half-written there.
+
+    Of a write that fails nothing is left, and the OSError names the file.
+    """
     temporary = f"{path}.tmp"
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def lock(path, sentence, wait=True):
+    """Locks `path`, a file for nothing else, against other processes, until the returned file is closed or this one dies.
+
+    Where another holds it, prints the sentence and waits, or raises it as InputError.
+    """
+    file = open(path, "w")
+    if fcntl:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in the workers of a killed process
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return file  # a file system without locks
+            if not wait:
+                raise InputError(sentence) from None
+            print(sentence, flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+    return file
 
 
 def download(url):
@@ -633,12 +668,17 @@ def download(url):
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if file.is_file():
         return file
-    print(f"downloading {url}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
-            torch.hub.download_url_to_file(url, temporary)  # shows its progress
-            read_tensors(temporary)
+        with lock(f"{file}.lock", f"waiting for another run, which is downloading {url}"):
+            if file.is_file():
+                return file
+            print(f"downloading {url}")
+            for left in file.parent.glob(f"{file.name}.tmp.*.partial"):  # torch.hub's, of runs that were killed
+                left.unlink()
+            with replacing(file) as temporary:
+                torch.hub.download_url_to_file(url, temporary)  # shows its progress
+                read_tensors(temporary)
     except (OSError, http.client.HTTPException, InputError) as error:
         raise InputError(f"cannot download it ({error}); try again, or fetch {url} on another machine and put it into "
                          f"{file.parent}/") from error
@@ -652,9 +692,11 @@ def download(url):
 
 def save_checkpoint(path, model, config, **training):
     """Writes model, config (a dict of plain values) and whatever training state a resumed run needs, atomically."""
+    content = io.BytesIO()  # on a full disk torch.save itself does not say what is wrong
+    torch.save({"format": "stego 1", "config": config, "model": model.state_dict(), "facet": model.facet,
+                "num_heads": model.backbone.num_heads, "dropout": model.head.dropout.p, "training": training}, content)
     with replacing(path) as temporary:
-        torch.save({"format": "stego 1", "config": config, "model": model.state_dict(), "facet": model.facet,
-                    "num_heads": model.backbone.num_heads, "dropout": model.head.dropout.p, "training": training}, temporary)
+        Path(temporary).write_bytes(content.getbuffer())
 
 
 # Settings under their names here and in the authors' configs/train_config.yml. theirs: pos_intra is the image itself,

@@ -11,10 +11,14 @@ Everything goes into runs/<name>/: config.json, log.jsonl, losses.png, checkpoin
 confusion.png. Features go into --cache-dir, where every later run with the same images and backbone finds them.
 """
 import argparse
+import contextlib
 import functools
 import json
 import math
 import os
+import shlex
+import signal
+import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +29,8 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from stego import (BACKBONES, PRESETS, InputError, Stego, linear_probe_loss, load_backbone, read_tensors, same_class_rates,
-                   save_checkpoint, stego_loss)
+from stego import (BACKBONES, PRESETS, InputError, Stego, linear_probe_loss, load_backbone, lock, read_tensors,
+                   same_class_rates, save_checkpoint, stego_loss)
 
 # What holds where neither --preset nor an option says otherwise. The scenes have a preset of their own in stego.py.
 DEFAULTS = dict(
@@ -115,7 +119,7 @@ def parse_args():
     for key in ("data_root", "backbone"):  # a run can be resumed and evaluated from another folder
         if os.path.exists(given.get(key, "")) and given[key] not in BACKBONES:
             given[key] = os.path.abspath(given[key])
-    names = "name seeds resume features cache_gb cache_dir device workers checkpoint_every log_every".split()
+    names = "begun name seeds resume features cache_gb cache_dir device workers checkpoint_every log_every".split()
     options = argparse.Namespace(**{name: given.pop(name, None) for name in names})
     return given, options
 
@@ -202,6 +206,17 @@ class Objective(torch.nn.Module):
         return loss + terms["cluster"] + terms.get("linear", 0), terms
 
 
+@contextlib.contextmanager
+def interruptions():
+    """A list that Ctrl-C makes longer, instead of stopping the process at once."""
+    seen = []
+    before = signal.signal(signal.SIGINT, lambda *_: seen.append(True))
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run(given, options, name):
     """One run, from settings to pictures. Returns its folder."""
     rank, world = data.process()
@@ -216,7 +231,10 @@ def run(given, options, name):
     config = resolve(given)
     folder = data.gathered(run_folder(name, config["dataset"], options.resume))[0]
     if options.resume:
-        config = {**DEFAULTS, **json.loads((folder / "config.json").read_text())}
+        try:
+            config = {**DEFAULTS, **json.loads((folder / "config.json").read_text())}
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{folder / 'config.json'}: damaged ({error}); start another run") from error
         different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items()
                      if config.get(key) != value]
         if different:
@@ -239,7 +257,10 @@ def run(given, options, name):
     config["num_clusters"] = config["num_clusters"] or train.n_classes
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        held = lock(folder / "lock", f"{folder}: another process is training there; wait for it, or give another --name",
+                    wait=False)  # for as long as this function runs
         data.write_text(folder / "config.json", json.dumps(config, indent=1))
+    options.begun = folder.name  # now there is something to go on with
     print(textwrap.fill(f"{folder} on {device}{f' x {world} processes' * (world > 1)}: "
                         + ", ".join(f"{key} {value}" for key, value in config.items()), 110))
     print(f"{len(train)} training images, {'labelled' if train.has_labels else 'no labels: clusters and pictures only'}; "
@@ -300,19 +321,32 @@ def run(given, options, name):
     # ---- resume ----
     checkpoint, log, first_step = folder / "checkpoint.pt", folder / "log.jsonl", 0
     if options.resume and checkpoint.is_file():
-        saved = read_tensors(checkpoint, device)
-        first_step = saved["training"]["step"]
-        model.load_state_dict({key: value for key, value in saved["model"].items() if not key.startswith("refit_probe")})
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(saved["training"]["optimizers"][name])
+        try:
+            saved = read_tensors(checkpoint, device)
+            first_step = saved["training"]["step"]
+            model.load_state_dict({key: value for key, value in saved["model"].items() if not key.startswith("refit_probe")})
+            for name, optimizer in optimizers.items():
+                optimizer.load_state_dict(saved["training"]["optimizers"][name])
+        except (InputError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())  # torch's takes several lines
+            raise InputError(f"--resume: {checkpoint} is damaged or of another model ({reason}); delete it, and the run "
+                             "begins at step 0") from error
         print(f"resumed at step {first_step}")
-    # What was logged after the checkpoint is done again, and so is the health; a kill may have cut the last line.
-    lines = log.read_text().rpartition("\n")[0].splitlines() if log.is_file() else []
-    kept = [row for row in map(json.loads, lines) if row["step"] <= first_step and "self" in row]
-    if rank == 0:
-        data.write_text(log, "".join(json.dumps(row) + "\n" for row in kept))
+    # What was logged after the checkpoint is done again, and so is the health.
+    rows = []
+    for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged line
+            rows += [row for row in [json.loads(line)] if row["step"] <= first_step and "self" in row]
+
+    def write_log(*last):
+        if rank == 0:
+            data.write_text(log, "".join(json.dumps(row) + "\n" for row in (*rows, *last)))
 
     def save(step):
+        """The checkpoint, unless its weights were no good to go on with."""
+        if not all(torch.isfinite(parameter).all() for parameter in objective.parameters()):
+            raise InputError(f"step {step}: the weights are no numbers; lower --lr or --probe-lr (the checkpoint before is "
+                             "kept)")
         if rank == 0:
             save_checkpoint(checkpoint, model, config, step=step,
                             optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()})
@@ -328,13 +362,14 @@ def run(given, options, name):
         read += [features.labels[batch[mine]]] if train.has_labels else []
         return [tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor for tensor in read]
 
+    write_log()
     model.head.train()
     recent = []  # losses since the last line of the log
     bar = tqdm(range(first_step, config["steps"]), initial=first_step, total=config["steps"], desc="train", unit="step",
                disable=rank > 0)
     # Reads the next batch while a step is computed; on a CPU more than one thread would take the step's cores.
     quiet = dict(initializer=torch.set_num_threads, initargs=(1,)) if isinstance(features.maps, torch.Tensor) else {}
-    with ThreadPoolExecutor(1, **quiet) as ahead:
+    with ThreadPoolExecutor(1, **quiet) as ahead, interruptions() as seen:
         following = ahead.submit(read, first_step)
         for step in bar:
             x, x_knn, *labels = (tensor.to(device, non_blocking=True) for tensor in following.result())
@@ -354,11 +389,14 @@ def run(given, options, name):
                 if bad:
                     raise InputError(f"step {step + 1}: the loss {', '.join(bad)} is no number; lower --lr or --probe-lr")
                 bar.set_postfix(means)
-                with open(log, "a") as file:
-                    file.write(json.dumps({"step": step + 1, **means}) + "\n")
+                rows.append({"step": step + 1, **means})
+                write_log()
                 recent = []
-            if (step + 1) % options.checkpoint_every == 0 and step + 1 < config["steps"]:
+            stop = any(data.gathered(bool(seen)))
+            if stop or (step + 1) % options.checkpoint_every == 0 or step + 1 == config["steps"]:
                 save(step + 1)
+            if stop:
+                raise KeyboardInterrupt
     model.eval()
     stage_done("training")
 
@@ -372,13 +410,10 @@ def run(given, options, name):
         pairs = evaluate.correspondences(features, neighbors, model.head, **pair_options)
         evaluate.draw_diagnostics(folder / "diagnostics.png", pairs, config["shifts"])
         health, wrong = evaluate.diagnose(codes.cpu(), fitted[0], pairs, config["shifts"])
-        with open(log, "a") as file:
-            file.write(json.dumps({"step": config["steps"], **health}) + "\n")
+        write_log({"step": config["steps"], **health})
         print("health: " + ", ".join(f"{name} {value:.2f}" for name, value in health.items()))
-        for sentence in wrong:
-            print(f"warning: {sentence}")
-        fitted.append(health["effective_rank"])
-    *fitted, config["effective_rank"] = data.gathered(fitted)[0]
+        fitted += [health["effective_rank"], wrong]
+    *fitted, config["effective_rank"], config["warnings"] = data.gathered(fitted)[0]
     model.refit_probe, raw_probe = (probe.to(device) for probe in fitted)
     save(config["steps"])
     stage_done("clusters")
@@ -390,12 +425,11 @@ def run(given, options, name):
     stage_done("evaluation")
     if rank:
         return folder
-    summary = evaluate.report(folder, confusions, samples, val, probes, prediction, seconds)
+    summary = evaluate.report(folder, confusions, samples, val, probes, prediction, seconds, config["warnings"])
     # Predictions on photos are painted and named like the classes that the clusters were matched to, if they were.
     config["classes"], config["palette"] = val.names, val.palette.tolist()
     config["assignments"] = {name: result["assignment"] for name, result in summary["results"].items()}
     save(config["steps"])
-    rows = [row for row in map(json.loads, log.read_text().splitlines()) if "self" in row]
     if rows:
         evaluate.draw_losses(folder / "losses.png", rows)
     print("seconds:", ", ".join(f"{name} {value}" for name, value in seconds.items()))
@@ -408,15 +442,24 @@ def main():
     if options.seeds < 1:
         raise InputError(f"--seeds must be at least 1, it is {options.seeds}")
     data.join_processes()
-    if options.seeds == 1:
-        run(given, options, options.name)
-        return
-    name = options.name or data.gathered(run_folder(None, resolve(given)["dataset"], options.resume).name)[0]
-    first, resume, folders = resolve(given)["seed"], options.resume, []
-    for seed in range(first, first + options.seeds):
-        one = f"{name}-seed{seed}"
-        options.resume = resume and data.gathered(Path("runs", one, "config.json").is_file())[0]
-        folders.append(run({**given, "seed": seed}, options, one))
+    try:
+        if options.seeds == 1:
+            run(given, options, options.name)
+            return
+        options.name = options.name or data.gathered(run_folder(None, resolve(given)["dataset"], options.resume).name)[0]
+        first, resume, folders = resolve(given)["seed"], options.resume, []
+        for seed in range(first, first + options.seeds):
+            one = f"{options.name}-seed{seed}"
+            options.resume = resume and data.gathered(Path("runs", one, "config.json").is_file())[0]
+            folders.append(run({**given, "seed": seed}, options, one))
+    except KeyboardInterrupt as interruption:
+        if not options.begun:
+            raise
+        world = data.process()[1]
+        words = [*sys.argv, *([] if "--name" in sys.argv else ["--name", options.name or options.begun]),
+                 *([] if "--resume" in sys.argv else ["--resume"])]
+        raise KeyboardInterrupt(f"go on with: {f'torchrun --nproc_per_node={world}' if world > 1 else 'python'} "
+                                f"{shlex.join(words)}") from interruption
     if data.process()[0] == 0:
         evaluate.compare(folders)
 

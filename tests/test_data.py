@@ -209,7 +209,7 @@ def test_live_features_are_those_of_the_cache_and_take_no_room(folder, backbone,
     assert live.maps.shape == cached.maps.shape and len(live.maps) == len(cached.maps)
     torch.testing.assert_close(live.maps[some], cached.maps[some].float(), rtol=1e-3, atol=1e-3)  # float16
     assert torch.equal(live.labels[some], cached.labels[some]) and torch.equal(live.vectors, cached.vectors)
-    assert [path.name for path in live.folder.iterdir()] == ["vectors.npy"]
+    assert {path.name for path in live.folder.iterdir()} == {"vectors.npy", "done.npy"}
 
 
 def test_auto_keeps_the_maps_only_where_they_fit(folder, backbone, tmp_path, capsys):
@@ -246,7 +246,7 @@ def test_a_killed_extraction_goes_on_where_it_was(folder, backbone, tmp_path, mo
     monkeypatch.setattr(data, "read_image", lambda path: done.append(path) or (read(path) if len(done) < 3 else 1 / 0))
     with pytest.raises(ZeroDivisionError):
         extract(tmp_path / "two")
-    assert len(done) == 3 and not [path for path in (tmp_path / "two").iterdir() if path.suffix != ".partial"]
+    assert len(done) == 3 and not [path for path in (tmp_path / "two").iterdir() if path.suffix not in (".partial", ".lock")]
     monkeypatch.setattr(data, "read_image", lambda path: done.append(path) or read(path))
     resumed = extract(tmp_path / "two")
     assert len(done) == 4  # only the third image was read again

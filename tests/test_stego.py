@@ -294,19 +294,19 @@ def test_checkpoint_gives_back_the_model_and_its_configuration(n_classes, refit,
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_old_one(tmp_path):
-    """The process dies in the middle of torch.save; the file of the step before must still load."""
+    """The process dies in the middle of the write; the file of the step before must still load."""
     script = f"""
-import os, signal, sys, torch
+import os, pathlib, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import stego
 model = stego.Stego(stego.VisionTransformer(8, 32, 1, 1, 32), 3, 2)
 stego.save_checkpoint("c.pt", model, dict(step=1))
-save = torch.save
-def die_half_way(value, path):
-    save(value, path)
+write = pathlib.Path.write_bytes
+def die_half_way(path, content):
+    write(path, content)
     os.truncate(path, os.path.getsize(path) // 2)
     os.kill(os.getpid(), signal.SIGKILL)
-torch.save = die_half_way
+pathlib.Path.write_bytes = die_half_way
 stego.save_checkpoint("c.pt", model, dict(step=2))
 """
     process = subprocess.run([sys.executable, "-c", script], cwd=tmp_path)

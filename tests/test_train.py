@@ -1,9 +1,7 @@
 """train.py and evaluate.py as they are used: whole runs, interruption and resume, settings, mistakes."""
 import json
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -214,10 +212,11 @@ def test_two_processes_share_the_work_and_end_with_one_model(workplace, monkeypa
 
     # The checkpoint evaluated by one process; the features extracted and the neighbours found by one.
     model, _ = stego.load_checkpoint("runs/t/checkpoint.pt")
+    model.bfloat16 = train.evaluate.choose_precision("auto", torch.device("cpu"))
     probes, _ = train.evaluate.model_probes(model)
     alone, _ = train.evaluate.evaluate(model, data.Directory("images", "val", 3), 32, probes, crf=False, workers=0)
     assert all(torch.equal(alone[name], confusions[name]) for name in alone)
-    shared = next(workplace.glob("cache/*"))
+    shared = next(workplace.glob("cache/*/maps.npy")).parent
     train_here(monkeypatch, "--data-root", "images", "--name", "one", "--no-crf", "--cache-dir", "other", *SMALL)
     for name in ("maps", "vectors", "labels", "neighbors_7"):
         a, b = (data.open_map(folder / f"{name}.npy") for folder in (shared, workplace / "other" / shared.name))
@@ -227,61 +226,6 @@ def test_two_processes_share_the_work_and_end_with_one_model(workplace, monkeypa
 def test_two_processes_with_a_batch_that_cannot_be_shared(workplace):
     result = torchrun(ROOT / "train.py", "--data-root", "images", *SMALL, "--batch-size", "3")
     assert result.returncode != 0 and "error: --batch-size 3 must be shared by 2 processes" in result.stderr
-
-
-# ---- interruption ----
-
-def start(*arguments):
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *arguments],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def kill_when(process, condition):
-    """SIGKILL as soon as the condition holds."""
-    deadline = time.monotonic() + 60
-    while not condition() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    assert process.poll() is None, "the run ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-DIE_WHILE_A_CHECKPOINT_IS_WRITTEN = f"""
-import os, signal, sys, torch
-sys.path.insert(0, {str(ROOT)!r})
-import train
-save = torch.save
-def die_half_way(value, path):
-    save(value, path)
-    if value["training"]["step"] == 280:
-        os.truncate(path, os.path.getsize(path) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = die_half_way
-sys.argv = ["train.py", "--resume", "--name", "t", "--checkpoint-every", "20"]
-train.main()
-"""
-
-
-def test_a_run_killed_while_it_extracts_trains_and_saves_ends_like_an_undisturbed_one(workplace):
-    """All in processes of their own, as a user's are: what other tests did to this one's threads changes roundings."""
-    settings = ["--data-root", "images", "--no-crf", *SMALL, "--steps", "300", "--checkpoint-every", "20"]
-    assert run("train.py", *settings, "--name", "undisturbed", "--cache-dir", "other").returncode == 0
-    cache, folder = workplace / "cache", workplace / "runs/t"
-
-    kill_when(start(*settings, "--name", "t"), lambda: list(cache.glob("*.partial")))
-    assert not (folder / "checkpoint.pt").exists()
-    kill_when(start("--resume", "--name", "t", "--checkpoint-every", "20"), (folder / "checkpoint.pt").exists)
-    step = lambda: torch.load(folder / "checkpoint.pt", weights_only=True)["training"]["step"]
-    assert 0 < step() < 280
-    assert subprocess.run([sys.executable, "-c", DIE_WHILE_A_CHECKPOINT_IS_WRITTEN], capture_output=True).returncode == -9
-    assert step() == 260
-    assert run("train.py", "--resume", "--name", "t").returncode == 0
-
-    resumed, undisturbed = weights(folder), weights(workplace / "runs/undisturbed")
-    assert resumed.keys() == undisturbed.keys() and all(torch.equal(resumed[key], undisturbed[key]) for key in resumed)
-    logs = [(workplace / f"runs/{name}/log.jsonl").read_text() for name in ("t", "undisturbed")]
-    steps = [[json.loads(line)["step"] for line in log.splitlines()] for log in logs]
-    assert steps[0][:-1] == sorted(set(steps[0])) and steps[0][-2:] == [300, 300]  # the last line tells the health
 
 
 # ---- settings ----
@@ -342,6 +286,58 @@ def test_mistakes_are_told_in_a_sentence(arguments, message, workplace, monkeypa
 def test_a_loss_that_is_no_number_stops_the_run(workplace, monkeypatch):
     with pytest.raises(stego.InputError, match="step 4: .* --lr"):
         train_here(monkeypatch, "--data-root", "images", "--name", "t", "--lr", "1e30", *SMALL)
+
+
+@pytest.mark.parametrize("log_every", [1, 100])  # seen in the log, or only when the weights are to be saved
+def test_weights_that_are_no_numbers_are_never_saved_over_a_good_checkpoint(log_every, workplace, monkeypatch):
+    arguments = ["--data-root", "images", "--name", "t", *SMALL, "--log-every", str(log_every)]
+    forward, calls = train.Objective.forward, []
+
+    def broken(self, *inputs):
+        calls.append(1)
+        loss, terms = forward(self, *inputs)
+        return (loss * float("nan") if len(calls) == 6 else loss), terms
+    monkeypatch.setattr(train.Objective, "forward", broken)
+    with pytest.raises(stego.InputError, match=f"step {7 if log_every == 1 else 8}: .* no number.* --lr"):
+        train_here(monkeypatch, *arguments)
+    model, _ = stego.load_checkpoint("runs/t/checkpoint.pt")
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    assert torch.load("runs/t/checkpoint.pt", weights_only=True)["training"]["step"] == 4
+
+
+def test_a_collapsed_head_is_told_beside_its_scores(workplace, monkeypatch, capsys):
+    train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", *SMALL, "--lr", "0.05", "--steps", "60",
+               *"--b-self -2 --b-knn -2 --b-rand -2".split())  # everything attracts
+    monkeypatch.setattr(sys, "argv", "evaluate.py --checkpoint runs/t --no-crf --workers 0".split())
+    train.evaluate.main()
+    for path in ("runs/t/scores.json", "runs/t/eval-val/scores.json"):
+        assert "the codes collapsed" in json.loads((workplace / path).read_text())["warnings"][0]
+    assert capsys.readouterr().out.split("linear probe").pop().count("warning: the codes collapsed") == 1
+
+
+def same_image(i, ids):
+    return np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+
+
+def constant_image(i, ids):
+    return np.full((40, 60, 3), 90, np.uint8)
+
+
+@pytest.mark.parametrize("image, more", [(same_image, []), (constant_image, []), (None, ["--num-clusters", "1"]),
+                                         (None, ["--num-classes", "1"]), (None, ["--batch-size", "2"])])
+def test_alike_or_constant_or_two_images_one_cluster_and_one_class(image, more, workplace, monkeypatch, capsys):
+    if "--batch-size" in more:
+        for path in sorted(workplace.glob("images/*/train/*.png")):
+            if path.stem not in "01":
+                path.unlink()
+    for i, path in enumerate(sorted(workplace.glob("images/imgs/*/*.png")) if image else ()):
+        Image.fromarray(image(i, None)).save(path)
+    train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", *SMALL, *more)
+    model, config = stego.load_checkpoint("runs/t/checkpoint.pt")
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values()) and np.isfinite(config["shifts"]).all()
+    for name in ("log.jsonl", "scores.json"):
+        assert "NaN" not in (workplace / "runs/t" / name).read_text()
+    assert ("collapsed" in capsys.readouterr().out) == (image is constant_image)
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(workplace, monkeypatch):
