@@ -4,6 +4,7 @@ The backbone is frozen and a view of an image never changes, so every feature is
 fills a float16 memory map and training only reads it. One image has one view (centre crop) or five (five-crop).
 """
 import colorsys
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -28,11 +29,12 @@ from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 from assets import scenes
-from stego import VOID, InputError, frozen_features, lock, replacing
+from stego import VOID, InputError, frozen_features, lock, one_of, replacing
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every DINO model expects
 RESIZE = InterpolationMode.NEAREST  # as the authors' code, utils.py:176-180, images too: their checkpoints saw this
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+warnings.filterwarnings("ignore", module="PIL")  # what it reads we take, up to 179 million pixels; beyond, it refuses
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -70,36 +72,63 @@ def gathered(value):
 # .has_labels, and .fingerprint(), a string that changes whenever an image or a label does
 # ---------------------------------------------------------------------------------------------------------------
 
-def read_image(path):
-    """The image as RGB, upright (EXIF). 16-bit grey keeps its upper 8 bits. Raises InputError naming the file."""
+@contextlib.contextmanager
+def opened(path, kind):
+    """Pillow's image of a file. Raises InputError naming the file, and whatever is wrong with it here or in the body."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except Exception as error:  # Pillow's plugins complain in a dozen ways
+        reason = (str(error) or repr(error)).partition(f"{str(path)!r}")[0].rstrip(": ")  # the path is told already
+        raise InputError(f"{path}: not a readable {kind} ({reason})") from error
+
+
+def read_image(path, draft=False):
+    """The image as RGB, upright (EXIF). 16-bit grey keeps its upper 8 bits. Raises InputError naming the file.
+
+    draft: a JPEG comes as small as it can be decoded, several times faster; as much is found to be wrong with it.
+    """
     if Path(path).suffix == ".mat":  # Potsdam's are RGB and infrared, which the authors leave out
         pixels = read_mat(path, "img")
         if pixels.ndim != 3 or pixels.shape[2] < 3 or pixels.dtype != np.uint8:
             raise InputError(f"{path}: an image is uint8 (H, W, 3 or more), this is {pixels.dtype} {pixels.shape}")
         return Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            return image.convert("RGBA" if image.mode == "P" else image.mode).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image ({error})") from error
+    with opened(path, "image") as image:
+        if draft:
+            image.draft(None, (1, 1))
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
+        if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        return image.convert("RGBA" if image.mode == "P" else image.mode).convert("RGB")
+
+
+def read_ids(path):
+    """The ids in a label file as they are, (H, W) of some integer type. Raises InputError naming the file."""
+    if Path(path).suffix == ".mat":
+        ids = read_mat(path, "gt")
+    else:
+        with opened(path, "label") as image:
+            ids = np.array(image)
+    if ids.ndim != 2:
+        raise InputError(f"{path}: a label holds one class id a pixel, this is a picture of {ids.shape[-1]} channels")
+    if ids.dtype.kind == "f":
+        raise InputError(f"{path}: a label holds one class id a pixel, this holds floating-point numbers")
+    return ids
 
 
 def read_label(path, n_classes):
     """Class ids (H, W) uint8; ids outside 0..n_classes-1 become VOID. Raises InputError naming the file."""
-    if Path(path).suffix == ".mat":
-        ids = read_mat(path, "gt")
-    else:
-        try:
-            with Image.open(path) as image:
-                ids = np.array(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"{path}: not a readable label ({error})") from error
-    if ids.ndim != 2:
-        raise InputError(f"{path}: a label holds one class id a pixel, this is a picture of {ids.shape[-1]} channels")
+    ids = read_ids(path)
     return np.where((ids >= 0) & (ids < n_classes), ids, VOID).astype(np.uint8)
+
+
+def check_size(collection, i, image, label):
+    """Raises InputError where image i and its label (H, W) differ in size."""
+    if label.shape != (image.height, image.width):
+        raise InputError(f"{collection.name(i)}: the image is {image.width} x {image.height} pixels, its label "
+                         f"{label.shape[1]} x {label.shape[0]}")
 
 
 def read_mat(path, key):
@@ -121,7 +150,7 @@ class Files:
         self.root, self.split, self.images, self.labels = root, split, images, labels
         self.names, self.n_classes, self.has_labels = list(names), len(names), any(labels)
         self.palette = class_palette(len(names)) if palette is None else np.array(palette, np.uint8)
-        self.classes = np.full(VOID + 1, VOID, np.uint8)
+        self.classes, self.n_ids = np.full(VOID + 1, VOID, np.uint8), len(classes)
         self.classes[:len(classes)] = classes
 
     def __len__(self):
@@ -136,10 +165,34 @@ class Files:
     def name(self, i):
         return str(self.images[i])
 
+    def check(self, i):
+        """Reads image i and its label. Returns what is wrong with them or None, and the pixels of each class, [VOID] of
+        void and [VOID + 1] of ids that the data set does not know."""
+        pixels = np.zeros(VOID + 2, np.int64)
+        try:
+            if self.labels[i] is None:
+                read_image(self.images[i], draft=True)
+            else:
+                ids = read_ids(self.labels[i])
+                check_size(self, i, self.image(i), ids)
+                known = np.where((ids >= 0) & (ids < self.n_ids), ids, VOID)
+                pixels[:VOID + 1] = np.bincount(self.classes[known].ravel(), minlength=VOID + 1)
+                pixels[VOID + 1] = ((ids >= self.n_ids) & (ids != VOID)).sum()
+        except InputError as error:
+            return str(error), pixels
+        return None, pixels
+
+    def leave_out(self, indices):
+        for i in sorted(indices, reverse=True):
+            del self.images[i], self.labels[i]
+        self.has_labels = any(self.labels)
+
     def fingerprint(self):
-        files = [path for path in self.images + self.labels if path is not None]
-        return json.dumps([self.classes.tolist()] + [(str(path.relative_to(self.root)), path.stat().st_size,
-                                                      path.stat().st_mtime_ns) for path in files])
+        """Of files that are missing, like the target of a link, only the name."""
+        stats = [(str(path.relative_to(self.root)), path.stat() if path.exists() else None)
+                 for path in self.images + self.labels if path is not None]
+        return json.dumps([self.classes.tolist()] + [(name, stat and stat.st_size, stat and stat.st_mtime_ns)
+                                                     for name, stat in stats])
 
 
 class Directory(Files):
@@ -161,15 +214,19 @@ class Directory(Files):
                 split = "train"
             folder, labels = root / "imgs" / split, root / "labels" / split
         files = [root] if root.is_file() else sorted(folder.rglob("*"))
-        images = [path for path in files if path.suffix.lower() in SUFFIXES and path.is_file()]
+        images = [path for path in files if path.suffix.lower() in SUFFIXES
+                  and (path.is_file() or path.is_symlink() and not path.exists())]  # a broken link is told, not overlooked
         if not images:
             raise InputError(f"{folder}: no images ({' '.join(sorted(SUFFIXES))})")
         stems = [path.relative_to(folder).with_suffix("") for path in images]
-        if len(set(stems)) < len(stems):
-            path = next(path for i, path in enumerate(images) if stems[i] in stems[:i])
-            raise InputError(f"{path}: another image has the same name up to its ending; rename one")
         label_of = {} if labels is None else {path.relative_to(labels).with_suffix(""): path
                                               for path in labels.rglob("*.png")}
+        if label_of and len(set(stems)) < len(stems):
+            path = next(path for i, path in enumerate(images) if stems[i] in stems[:i])
+            raise InputError(f"{path}: another image has the same name up to its ending, and so the same label; rename one")
+        if label_of and not label_of.keys() & set(stems):
+            raise InputError(f"{labels}: no label has the name of an image up to its ending, like {stems[0]}.png; rename them, "
+                             "or do without this folder")
         names = root / "classes.txt"
         names = names.read_text().split("\n") if names.is_file() else []
         names = [name.strip() for name in names if name.strip()]
@@ -360,6 +417,8 @@ DATASETS = ("directory", "scenes", *LAYOUTS)
 def load_collection(dataset, root, split, n_classes=None):
     """The collection called `dataset`; root is for those that live on disk. n_classes is for "directory" to be told, the
     others have their own: raises InputError where it differs."""
+    if dataset not in DATASETS:
+        raise InputError(f"--dataset {dataset}: not {one_of(DATASETS, dataset)}")
     if dataset == "directory":
         if not root:
             raise InputError("--dataset directory needs --data-root FOLDER")
@@ -373,6 +432,64 @@ def load_collection(dataset, root, split, n_classes=None):
     return collection
 
 
+def listed(bad):
+    """What is wrong with some files, the first ten of them, in one sentence."""
+    return f"{len(bad):,} bad files: {'; '.join(bad[:10])}" + f"; and {len(bad) - 10:,} more" * (len(bad) > 10)
+
+
+def check_files(collections, cache_dir, workers, skip_bad=False):
+    """Reads every file of the collections once, before hours go into them, and tells what is odd about their labels.
+
+    All bad files are named in one InputError, or left out (skip_bad). What is found is kept in cache_dir: while the files
+    stay the same, only bad ones are read again, which may have become readable. Of several processes each reads its share.
+    """
+    (rank, world), bad, told = process(), {}, {}  # told: sentences, each once where both collections are the same
+    for collection in collections:
+        if not isinstance(collection, Files):
+            continue  # drawn, not read
+        digest = hashlib.sha256(collection.fingerprint().encode()).hexdigest()[:16]
+        path = Path(cache_dir) / f"{digest}.checked.json"
+        try:
+            todo, pixels = json.loads(path.read_text())
+        except (OSError, ValueError, TypeError):
+            todo, pixels = list(range(len(collection))), [0] * (VOID + 2)
+        todo, pixels = gathered((todo, pixels))[0]
+        wrong, counted, mine = {}, np.zeros(VOID + 2, np.int64), todo[rank::world]
+        with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow lets several threads decode
+            checks = tqdm(pool.map(collection.check, mine), "checking files", len(mine), unit="image",
+                          disable=rank > 0 or not todo)
+            for (error, one), i in zip(checks, mine):
+                counted += one
+                if error:
+                    wrong[i] = error
+        found = gathered((wrong, counted))
+        wrong = {i: error for part, _ in found for i, error in part.items()}
+        pixels = pixels + sum(counted for _, counted in found)
+        if rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps([sorted(wrong), pixels.tolist()]))
+        bad.update({wrong[i]: None for i in sorted(wrong)})
+        collection.leave_out(wrong)
+        labelled, where = sum(label is not None for label in collection.labels), f"{collection.root}, {collection.split}"
+        if 0 < labelled < len(collection):
+            told[f"{where}: labels: {labelled:,} of {len(collection):,} images"] = None
+        if pixels[VOID + 1]:
+            told[f"warning: {where}: {pixels[VOID + 1]:,} pixels of the labels have ids of {collection.n_ids} and more, which "
+                 "are no classes: taken as void"] = None
+        if collection.has_labels and not pixels[:VOID].any():
+            told[f"warning: {where}: all labels are void: as good as none"] = None
+            collection.has_labels = False
+        elif collection.has_labels and not pixels[:collection.n_classes].all():
+            absent = [name for name, n in zip(collection.names, pixels) if n == 0]
+            told[f"warning: {where}: no label shows {', '.join(absent)}"] = None
+    if bad and not (skip_bad and all(map(len, collections))):
+        raise InputError(f"{listed(list(bad))}; mend or remove them, or leave them out with --skip-bad")
+    if bad:
+        print(f"left out {listed(list(bad))}")
+    for sentence in told:
+        print(sentence)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Views: what the network sees of an image
 # ---------------------------------------------------------------------------------------------------------------
@@ -382,9 +499,11 @@ def round_to_patch(size, patch_size):
     return max(1, round(size / patch_size)) * patch_size
 
 
-def square_view(image, size):
+def square_view(image, size, interpolation=RESIZE):
     """Shorter side to `size`, then the central square. image: PIL."""
-    return TF.center_crop(TF.resize(image, size, RESIZE), size)
+    if max(image.size) > 8 * min(image.size):  # 1 x 5000 pixels would become 224 x 1,120,000 before they are cut
+        image = TF.center_crop(image, (min(image.height, 8 * image.width), min(image.width, 8 * image.height)))
+    return TF.center_crop(TF.resize(image, size, interpolation), size)
 
 
 def views(image, size, crop):
@@ -417,13 +536,11 @@ class Views(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             image, label = self.collection.image(i), self.collection.label(i)
+            if label is None:
+                label = np.full((image.height, image.width), VOID, np.uint8)
+            check_size(self.collection, i, image, label)
         except InputError as error:
             return error
-        if label is None:
-            label = np.full((image.height, image.width), VOID, np.uint8)
-        if label.shape != (image.height, image.width):
-            return InputError(f"{self.collection.name(i)}: the image is {image.width} x {image.height} pixels, its label "
-                              f"{label.shape[1]} x {label.shape[0]}")
         label = Image.fromarray(label)
         return (torch.stack([TF.pil_to_tensor(view) for view in views(image, self.size, self.crop)]),
                 torch.cat([TF.pil_to_tensor(view) for view in views(label, self.size, self.crop)]))

@@ -189,7 +189,7 @@ def baseline_probes(features, code_dim, n_clusters, n_classes, steps, seed, devi
     points = sample_positions(features.maps, seed=seed).to(device)  # (n, D)
     mean, D = points.mean(0), points.shape[1]
     torch.manual_seed(seed)
-    components = torch.pca_lowrank(points, min(code_dim, D), center=True, niter=5)[2].T  # (code_dim, D)
+    components = torch.pca_lowrank(points, min(code_dim, *points.shape), center=True, niter=5)[2].T  # (code_dim, D)
     probes = {RAW: (fitted_probe(points, n_clusters, seed), "features")}
     for name, rows, offset in (("k-means on PCA", components, -components @ mean),
                                ("k-means on random projections", torch.randn(code_dim, D, device=device), None)):
@@ -556,31 +556,45 @@ def predict(model, probe, image, size, crf=True):
 
 
 def predict_folder(model, probe, folder, out, size, palette, names, crf=True):
-    """Segments every image below `folder` (or the one image that it is) into `out` and returns their number.
+    """Segments every image below `folder` (or the one image that it is) into `out`.
 
     For each: a palette PNG of cluster ids, of the same stem and size, and beside it <stem>_overlay.jpg. For all:
-    clusters.json, the name and colour of each id, and panel.png, a few of them with the legend.
+    clusters.json, the name and colour of each id, and panel.png, a few of them with the legend. Returns the number of
+    images, and what is wrong with those that could not be read. Raises InputError where none could.
     """
     folder, out = Path(folder), Path(out)
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"--out {out} lies inside {folder}: the next run would segment its pictures")
-    photos, thumbnails = data.Directory(folder, None, n_classes=1), []
-    for i in tqdm(range(len(photos)), desc="predict", unit="image"):
-        image = photos.image(i)
-        target = out / photos.images[i].relative_to(photos.folder).with_suffix(".png")
+    photos, thumbnails, bad = data.Directory(folder, None, n_classes=1), [], []
+    targets = [out / path.relative_to(photos.folder).with_suffix(".png") for path in photos.images]
+    taken = {(out / "panel.png").resolve(), *(path.resolve() for path in photos.images)}
+    for path, target in zip(photos.images, targets):
+        if target.resolve() in taken:
+            raise InputError(f"{path}: its result would replace another picture, {target}; rename it, or give another --out")
+        taken.add(target.resolve())
+    for i, target in enumerate(tqdm(targets, desc="predict", unit="image")):
+        try:
+            image = photos.image(i)
+            if max(image.size) > 65_500:
+                raise InputError(f"{photos.name(i)}: a side of more than 65,500 pixels, at which JPEG, the overlay's format, ends")
+        except InputError as error:  # told when the others are done
+            bad.append(str(error))
+            continue
         target.parent.mkdir(parents=True, exist_ok=True)
         segmented = Image.fromarray(predict(model, probe, image, size, crf))
         segmented.putpalette(palette.tobytes())
         overlay = Image.blend(image, segmented.convert("RGB"), 0.5)
         save_picture(segmented, target)
         save_picture(overlay, target.with_name(f"{target.stem}_overlay.jpg"))
-        if i < 5:
-            thumbnails.append([np.asarray(TF.center_crop(TF.resize(picture, 320), 320))
+        if len(thumbnails) < 5:
+            thumbnails.append([np.asarray(data.square_view(picture, 320, TF.InterpolationMode.BILINEAR))
                                for picture in (image, overlay, segmented.convert("RGB"))])
+    if not thumbnails:
+        raise InputError(data.listed(bad))
     draw_panel(out / "panel.png", list(zip(("image", "overlay", "clusters"), zip(*thumbnails))), names, palette)
     data.write_text(out / "clusters.json", json.dumps({k: {"name": name, "color": palette[k].tolist()}
                                                        for k, name in enumerate(names)}, indent=1))
-    return len(photos)
+    return len(photos) - len(bad), bad
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -867,6 +881,14 @@ def choose_precision(name, device):
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def check_limits(values, limits):
+    """Raises InputError for an option among `values`, name -> value, that is outside its limits, name -> (low, high):
+    high is too much already."""
+    for name, (low, high) in limits.items():
+        if values[name] not in (None, "auto") and not low <= values[name] < high:  # NaN is nowhere
+            raise InputError(f"--{name.replace('_', '-')} must be at least {low} and less than {high}, it is {values[name]}")
+
+
 def default_workers():
     return max(1, min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # set by torchrun
 
@@ -896,21 +918,25 @@ def run(main):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="checkpoint.pt of a training run, the run's folder, or the authors' .ckpt")
-    parser.add_argument("--predict", metavar="PHOTOS", help="segment this image, or all below this folder, of any size")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--predict", metavar="PHOTOS", help="segment this image, or all below this folder, of any size")
     parser.add_argument("--out", metavar="FOLDER", help="where results go (default: eval-<split> beside checkpoint.pt, "
                         "or in a folder named like the .ckpt)")
-    parser.add_argument("--dataset", choices=data.DATASETS, help="default: the one it was trained on")
+    parser.add_argument("--dataset", metavar="NAME", help="default: the one it was trained on")
     parser.add_argument("--data-root", metavar="FOLDER", help="default: the one it was trained on")
     parser.add_argument("--split", default="val", help="val (default) or train; dev of the scenes; unlabelled_train "
                         "of potsdam")
-    parser.add_argument("--eval-resolution", type=int, help="pixels of the shorter side (default: as in training)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images and labels that cannot be read")
+    parser.add_argument("--eval-resolution", type=int, help="pixels of the shorter side, rounded to whole patches (default: as "
+                        "in training)")
     parser.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True,
                         help="sharpen with the dense CRF; --no-crf is several times faster")
-    parser.add_argument("--baseline", action="store_true", help="also score what needs no head: k-means on the features, on "
+    modes.add_argument("--baseline", action="store_true", help="also score what needs no head: k-means on the features, on "
                         "their principal components and on random projections, and a linear probe on them")
-    parser.add_argument("--correspondences", action="store_true", help="only draw what corresponds to a point "
+    modes.add_argument("--correspondences", action="store_true", help="only draw what corresponds to a point "
                         "(heatmaps.png) and, with labels, how well that tells classes apart (precision_recall.png)")
-    parser.add_argument("--cache-dir", default="cache", help="where --baseline and --correspondences find or put features")
+    parser.add_argument("--cache-dir", default="cache", help="where it is kept which files were found readable, and where "
+                        "--baseline and --correspondences find or put features")
     parser.add_argument("--clusters", choices=("refit", "online"), help="k-means on the finished codes, or the probe that "
                         "was trained beside the head (default: as training decided from the codes' effective rank)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
@@ -918,7 +944,7 @@ def main():
                         help="of the backbone's matrix products (default: bfloat16 where the device has it)")
     parser.add_argument("--workers", type=int, default=default_workers(),
                         help="processes that decode images and run CRFs (default: one a core, at most 8)")
-    parser.add_argument("--compare", nargs="+", metavar="RUN", help="only print a table of these runs' scores, mean and "
+    modes.add_argument("--compare", nargs="+", metavar="RUN", help="only print a table of these runs' scores, mean and "
                         "standard deviation over runs that differ in their seed alone")
     args = parser.parse_args()
 
@@ -927,6 +953,9 @@ def main():
         return
     if not args.checkpoint:
         raise InputError("give --checkpoint FILE, or --compare RUN RUN ...")
+    if args.predict and not args.out:
+        raise InputError("--predict needs --out FOLDER for the results")
+    check_limits(vars(args), {"eval_resolution": (1, math.inf), "workers": (0, math.inf)})
     path = Path(args.checkpoint)
     path = path / "checkpoint.pt" if path.is_dir() else path
     data.join_processes()
@@ -936,26 +965,34 @@ def main():
     model.bfloat16 = choose_precision(args.precision, device)
     size = data.round_to_patch(args.eval_resolution or config["eval_resolution"], model.backbone.patch_size)
     probes, prediction = model_probes(model, config.get("effective_rank", math.inf))
-    if args.clusters and model.refit_probe:
+    if args.clusters == "refit" and not model.refit_probe:
+        raise InputError(f"--clusters refit: {path} has no clusters of finished codes, only those of the online probe")
+    if args.clusters:
         prediction = {"refit": REFIT, "online": ONLINE}[args.clusters]
     if args.predict:
-        if not args.out:
-            raise InputError("--predict needs --out FOLDER for the results")
         if world > 1:
             raise InputError("--predict is for one process: start it without torchrun")
         # After training on labelled images the clusters of this probe have the names and colours of classes.
         n, named = len(probes[prediction][0].centroids), config.get("assignments", {}).get(prediction)
         names = cluster_names(named or [-1] * n, config.get("classes"), range(n))
         palette = cluster_palette(named or range(n), np.array(config.get("palette", data.class_palette(n)), np.uint8))
-        n = predict_folder(model, probes[prediction][0], args.predict, args.out, size, palette, names, args.crf)
+        n, bad = predict_folder(model, probes[prediction][0], args.predict, args.out, size, palette, names, args.crf)
         print(f"{n} images segmented into {args.out}")
+        if bad and not args.skip_bad:
+            raise InputError(f"{data.listed(bad)}; all others are segmented")
+        if bad:
+            print(f"left out {data.listed(bad)}")
         return
     collection = data.load_collection(args.dataset or config["dataset"], args.data_root or config["data_root"],
                                       args.split, config["num_classes"])
+    collections, skip_bad = [collection], args.skip_bad or config.get("skip_bad", False)
     folder = path.with_suffix("") if path.suffix == ".ckpt" else path.parent  # several of the authors' lie side by side
     out = Path(args.out or folder / f"eval-{args.split}")
     if args.baseline or args.correspondences:
         train = data.load_collection(config["dataset"], config["data_root"], "train", config["num_classes"])
+        collections.append(train)
+    data.check_files(collections, args.cache_dir, args.workers, skip_bad)
+    if args.baseline or args.correspondences:
         train_size = data.round_to_patch(config["resolution"], model.backbone.patch_size)
         features = data.extract_features(model.backbone, train, train_size, config["crop"], model.facet, model.bfloat16,
                                          args.cache_dir, workers=args.workers, device=device)
@@ -975,7 +1012,7 @@ def main():
         probes = {**baseline_probes(features, config["code_dim"], len(probes[prediction][0].centroids),
                                     train.n_classes if train.has_labels else None, config["steps"], config["seed"], device),
                   **probes}
-    print(f"{len(collection)} images of {collection.root}, split {collection.split}")
+    print(f"{len(collection)} images of {collection.root}, split {collection.split}, at {size} pixels")
     confusions, samples = evaluate(model, collection, size, probes, args.crf, workers=args.workers)
     if rank:
         return

@@ -18,6 +18,7 @@ head is trained so that two points have similar codes where their features corre
 """
 import collections
 import contextlib
+import difflib
 import errno
 import hashlib
 import http.client
@@ -75,6 +76,15 @@ PRESETS = {
 
 class InputError(ValueError):
     """A mistake in what the user gave: one sentence that names it and how to mend it. The scripts exit with 2."""
+
+    def __str__(self):  # on one line, whatever the name of a file holds
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+
+
+def one_of(names, name):
+    """ "one of a, b, c", and which of these `name`, which is none of them, may have been meant to be."""
+    close = difflib.get_close_matches(str(name), names)
+    return f"one of {', '.join(names)}" + f" (did you mean {' or '.join(close)}?)" * bool(close)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -248,7 +258,7 @@ def load_backbone(name_or_path, device="cpu"):
     source = BACKBONES.get(str(name_or_path), name_or_path)
     remote = str(source).startswith(("https://", "http://"))
     if not remote and not os.path.isfile(source):
-        raise InputError(f"backbone {name_or_path}: neither a file nor one of {', '.join(BACKBONES)}")
+        raise InputError(f"backbone {name_or_path}: neither a file nor {one_of(BACKBONES, name_or_path)}")
     try:
         file = download(source) if remote else source
         try:

@@ -29,13 +29,13 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from stego import (BACKBONES, PRESETS, InputError, Stego, linear_probe_loss, load_backbone, lock, read_tensors,
+from stego import (BACKBONES, PRESETS, InputError, Stego, linear_probe_loss, load_backbone, lock, one_of, read_tensors,
                    same_class_rates, save_checkpoint, stego_loss)
 
 # What holds where neither --preset nor an option says otherwise. The scenes have a preset of their own in stego.py.
 DEFAULTS = dict(
     # data
-    dataset="directory", data_root=None, num_classes=None, crop="none",
+    dataset="directory", data_root=None, num_classes=None, skip_bad=False, crop="none",
     resolution=224, eval_resolution=320,  # pixels of the square view; rounded to whole patches
     # model
     backbone="dino_vits8", facet="token", code_dim=70, dropout=0.1,
@@ -48,6 +48,15 @@ DEFAULTS = dict(
     # run
     batch_size=16, steps=2000, lr=5e-4, probe_lr=5e-3, seed=0, crf=True)
 
+# What each number may be, from the first on and below the second.
+LIMITS = dict(
+    num_classes=(1, data.VOID + 1), num_clusters=(1, data.VOID + 1), resolution=(1, math.inf), eval_resolution=(1, math.inf),
+    code_dim=(1, math.inf), dropout=(0, 1), neighbors=(1, math.inf), batch_size=(2, math.inf),  # of one are no negatives
+    **{f"lambda_{term}": (0, math.inf) for term in ("self", "knn", "rand")},
+    **{f"b_{term}": (-10, 10) for term in ("self", "knn", "rand")},  # of cosines
+    steps=(1, math.inf), lr=(0, math.inf), probe_lr=(0, math.inf), seed=(0, 2 ** 32), seeds=(1, math.inf),
+    workers=(0, math.inf), cache_gb=(0, math.inf), checkpoint_every=(1, math.inf), log_every=(1, math.inf))
+
 
 def shift(text):
     return text if text == "auto" else float(text)
@@ -59,14 +68,18 @@ def parse_args():
                                      argument_default=argparse.SUPPRESS)
     switch = argparse.BooleanOptionalAction
     group = parser.add_argument_group("data")
-    group.add_argument("--preset", choices=PRESETS, help="all settings of a published result; other options win over it")
-    group.add_argument("--dataset", choices=data.DATASETS, help="directory: imgs/{train,val} or just a folder of images, "
+    group.add_argument("--preset", metavar="NAME", help="all settings of a published result; other options win over it: "
+                       + ", ".join(PRESETS))
+    group.add_argument("--dataset", metavar="NAME", help="directory: imgs/{train,val} or just a folder of images, "
                        "the default with --data-root; scenes: the embedded procedural landscapes, the default without; "
-                       "the others: published ones, which say without --data-root what they need. A preset names its own")
+                       f"published ones, which say without --data-root what they need: {', '.join(data.LAYOUTS)}. A preset "
+                       "names its own")
     group.add_argument("--data-root", metavar="FOLDER", help="where the images are")
     group.add_argument("--num-classes", type=int, help="of a directory: classes of the labels, or how many things you "
                        "expect to tell apart (default: the lines of classes.txt)")
-    group.add_argument("--resolution", type=int, help="side of the training views in pixels (default 224)")
+    group.add_argument("--skip-bad", action="store_true", help="leave out images and labels that cannot be read")
+    group.add_argument("--resolution", type=int, help="side of the training views in pixels, rounded to whole patches "
+                       "(default 224)")
     group.add_argument("--eval-resolution", type=int, help="side of the evaluated views (default 320)")
     group.add_argument("--crop", choices=("none", "five"), help="five: each image gives its corners and centre at half "
                        "size, for collections of large or busy pictures (default none)")
@@ -127,6 +140,8 @@ def parse_args():
 def resolve(given):
     """The complete settings: DEFAULTS, then those of the preset, then what was given."""
     given = dict(given)
+    if given.get("preset", "scenes") not in PRESETS:
+        raise InputError(f"--preset {given['preset']}: not {one_of(PRESETS, given['preset'])}")
     if "preset" not in given and given.get("dataset", "directory" if "data_root" in given else "scenes") == "scenes":
         given["preset"] = "scenes"
     config = {**DEFAULTS, **PRESETS.get(given.get("preset"), {}), **given}
@@ -154,21 +169,27 @@ def run_folder(name, dataset, resume):
     return folder
 
 
-def check(config):
+def check(config, options):
     """Raises InputError for settings that cannot be trained with."""
-    for key in ("code_dim", "batch_size", "steps", "resolution", "eval_resolution", "neighbors"):
-        if config[key] < 1:
-            raise InputError(f"--{key.replace('_', '-')} must be at least 1, it is {config[key]}")
-    for key in ("num_classes", "num_clusters"):
-        if config[key] is not None and not 1 <= config[key] <= data.VOID:
-            raise InputError(f"--{key.replace('_', '-')} must be 1 to {data.VOID}, it is {config[key]}")
-    if config["batch_size"] < 2:
-        raise InputError("--batch-size must be at least 2: the negatives are the other images of the batch")
+    evaluate.check_limits({**config, **vars(options)}, LIMITS)
     for share in config["same_class"] or []:
         if not 0 < share < 1:
             raise InputError(f"--same-class takes shares between 0 and 1, not {share}")
-    if not 0 <= config["dropout"] < 1:
-        raise InputError(f"--dropout must be in [0, 1), it is {config['dropout']}")
+
+
+def fit_batch(config, n, world, given):
+    """Makes the batch as small as a collection of n views, unless its size was given. Raises InputError where none fits."""
+    size = config["batch_size"]
+    if n < 2:
+        raise InputError("one training image has no other to be compared with: give more, or cut it into five with --crop five")
+    if size > n and "batch_size" not in given:
+        size = config["batch_size"] = n - n % world
+        print(f"batch size {size}: there are {n} training views")
+    if size > n:
+        raise InputError(f"--batch-size {size} is more than the {n} training views")
+    if size % world or size // world < 2:
+        raise InputError(f"--batch-size {size} must be shared by {world} processes, at least 2 images each: the negatives "
+                         "are the other images of a process")
 
 
 @functools.lru_cache(maxsize=1)  # one permutation serves all steps of its epoch
@@ -239,7 +260,6 @@ def run(given, options, name):
                      if config.get(key) != value]
         if different:
             raise InputError(f"--resume: {folder} was started with other settings: {', '.join(different)}")
-    check(config)
     device = evaluate.choose_device(options.device)
 
     # ---- data and backbone ----
@@ -251,10 +271,19 @@ def run(given, options, name):
     if rank == 0:
         data.gathered(None)
     size, eval_size = (data.round_to_patch(config[key], backbone.patch_size) for key in ("resolution", "eval_resolution"))
+    data.check_files((train, val), options.cache_dir, options.workers, config["skip_bad"])
+    n = len(train) * (5 if config["crop"] == "five" else 1)
+    fit_batch(config, n, world, given)
     bfloat16 = evaluate.choose_precision(config["precision"], device)
     config["precision"] = "bfloat16" if bfloat16 else "float32"  # a resumed run keeps it, wherever it goes on
     config["num_classes"] = train.n_classes
     config["num_clusters"] = config["num_clusters"] or train.n_classes
+    if size == backbone.patch_size:
+        raise InputError(f"--resolution {config['resolution']} is one patch of {size} pixels, which holds no two points to "
+                         f"compare: give {2 * size} or more")
+    if config["num_clusters"] > n * (size // backbone.patch_size) ** 2:
+        raise InputError(f"--num-clusters {config['num_clusters']} is more than the patches of all {n} training views: give "
+                         "more images, a larger --resolution or fewer clusters")
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         held = lock(folder / "lock", f"{folder}: another process is training there; wait for it, or give another --name",
@@ -263,18 +292,14 @@ def run(given, options, name):
     options.begun = folder.name  # now there is something to go on with
     print(textwrap.fill(f"{folder} on {device}{f' x {world} processes' * (world > 1)}: "
                         + ", ".join(f"{key} {value}" for key, value in config.items()), 110))
-    print(f"{len(train)} training images, {'labelled' if train.has_labels else 'no labels: clusters and pictures only'}; "
-          f"{len(val)} images to evaluate" + " (the training images: there is no val)" * (val.split == "train"))
+    print(f"{len(train)} training images at {size} pixels, "
+          f"{'labelled' if train.has_labels else 'no labels: clusters and pictures only'}; {len(val)} images to evaluate at "
+          f"{eval_size}" + " (the training images: there is no val)" * (val.split == "train"))
 
     # ---- every feature once ----
     features = data.extract_features(backbone, train, size, config["crop"], config["facet"], bfloat16, options.cache_dir,
                                      options.features, options.cache_gb, workers=options.workers, device=device)
-    n, batch_size = len(features.maps), config["batch_size"]
-    if batch_size > n:
-        raise InputError(f"--batch-size {batch_size} is more than the {n} training views")
-    if batch_size % world or batch_size // world < 2:
-        raise InputError(f"--batch-size {batch_size} must be shared by {world} processes, at least 2 images each: the "
-                         "negatives are the other images of a process")
+    batch_size = config["batch_size"]
     if (device.type == "cuda" and isinstance(features.maps, torch.Tensor)
             and features.maps.nbytes < torch.cuda.mem_get_info(device)[0] / 2):
         features = features._replace(maps=features.maps.to(device))  # then no step waits for disk or bus
@@ -439,8 +464,7 @@ def run(given, options, name):
 
 def main():
     given, options = parse_args()
-    if options.seeds < 1:
-        raise InputError(f"--seeds must be at least 1, it is {options.seeds}")
+    check(resolve(given), options)
     data.join_processes()
     try:
         if options.seeds == 1:

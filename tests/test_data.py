@@ -1,11 +1,16 @@
 """data.py: reading images and labels, layouts, views, the feature cache, neighbours."""
 import os
+import struct
+import subprocess
+import sys
+import zlib
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
 import torchvision.transforms.functional as TF
+from conftest import ROOT
 from PIL import Image
 
 import data
@@ -22,6 +27,27 @@ def save_image(path, width=40, height=30, mode="RGB", seed=0):
 def save_label(path, ids):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(ids)).save(path)
+
+
+def png_header(width, height):
+    """A PNG file that promises so many pixels and holds a few."""
+    chunks = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(content)) + kind + content + struct.pack(
+        ">I", zlib.crc32(kind + content)) for kind, content in chunks)
+
+
+def truncate(path, **options):
+    Image.effect_noise((300, 200), 90).save(path, "JPEG", **options)
+    os.truncate(path, path.stat().st_size * 9 // 10)
+
+
+BAD = {"truncated": truncate, "truncated progressive": lambda path: truncate(path, progressive=True),
+       "no bytes": lambda path: path.write_bytes(b""), "text": lambda path: path.write_text("a picture of a cat"),
+       "half a header": lambda path: path.write_bytes(b"\xff\xd8\xff\xe0 truncated"),
+       "20,000 x 20,000": lambda path: path.write_bytes(png_header(20_000, 20_000)),
+       "10,000 x 10,000": lambda path: path.write_bytes(png_header(10_000, 10_000)),
+       "floats": lambda path: Image.fromarray(np.random.rand(9, 9).astype(np.float32)).save(path, "TIFF"),
+       "broken link": lambda path: path.symlink_to("nowhere.jpg"), "folder": lambda path: path.mkdir()}
 
 
 @pytest.fixture
@@ -47,11 +73,21 @@ def backbone():
 # ---- images and labels ----
 
 @pytest.mark.parametrize("mode, name", [("RGB", "x.png"), ("RGB", "x.jpg"), ("L", "x.png"), ("P", "x.png"), ("RGBA", "x.png"),
-                                        ("LA", "x.png"), ("CMYK", "x.jpg"), ("1", "x.png"), ("P", "x.gif")])
+                                        ("LA", "x.png"), ("CMYK", "x.jpg"), ("1", "x.png"), ("P", "x.gif"),
+                                        ("CMYK", "x.tif"), ("LAB", "x.tif"), ("RGB", "zo\u00eb\n\u5199\u771f.png")])
 def test_every_kind_of_image_becomes_rgb(mode, name, tmp_path):
     save_image(tmp_path / name, mode=mode)
     image = data.read_image(tmp_path / name)
     assert image.mode == "RGB" and image.size == (40, 30)
+
+
+@pytest.mark.filterwarnings("error")
+def test_of_what_moves_the_first_picture_is_read_and_of_what_shines_through_the_colours(tmp_path):
+    first, second = (Image.fromarray(np.full((30, 40, 3), value, np.uint8)) for value in (51, 204))
+    first.save(tmp_path / "moving.gif", save_all=True, append_images=[second])
+    first.convert("P").save(tmp_path / "through.png", transparency=bytes(range(256)))
+    for name in ("moving.gif", "through.png"):
+        assert np.array_equal(np.asarray(data.read_image(tmp_path / name)), np.asarray(first))
 
 
 def test_16_bit_grey_keeps_its_upper_bits(tmp_path):
@@ -67,11 +103,33 @@ def test_exif_rotation_is_applied(tmp_path):
     assert data.read_image(tmp_path / "turned.jpg").size == (30, 40)
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0 truncated"])
-def test_an_unreadable_image_is_named(content, tmp_path):
-    (tmp_path / "bad.jpg").write_bytes(content)
-    with pytest.raises(stego.InputError, match="bad.jpg"):
-        data.read_image(tmp_path / "bad.jpg")
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("draft", [False, True])
+@pytest.mark.filterwarnings("ignore:Image size")  # data.py ignores it, but pytest does not
+def test_an_unreadable_image_is_named_on_one_line(kind, draft, tmp_path):
+    path = tmp_path / "b\nad\x1b.jpg"
+    BAD[kind](path)
+    with pytest.raises(stego.InputError, match=r"b\\nad\\x1b.jpg: not a readable image \(.") as error:
+        data.read_image(path, draft)
+    assert str(error.value).count("jpg") == 1 and str(error.value).isprintable()
+
+
+def test_a_file_without_permission_is_named(tmp_path):
+    save_image(tmp_path / "secret.jpg")
+    (tmp_path / "secret.jpg").chmod(0)
+    try:
+        os.seteuid(os.geteuid() or 65534)  # root may read everything
+        with pytest.raises(stego.InputError, match="secret.jpg: not a readable image .*Permission denied"):
+            data.read_image(tmp_path / "secret.jpg")
+    finally:
+        os.seteuid(os.getuid())
+
+
+def test_pillow_does_not_warn_of_large_images(tmp_path):
+    (tmp_path / "large.png").write_bytes(png_header(10_000, 10_000))
+    result = subprocess.run([sys.executable, "-W", "error:Image size", "-c", "import data; data.read_image('large.png')"],
+                            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert "truncated" in result.stderr.splitlines()[-1] and "warn" not in result.stderr.lower()
 
 
 def test_ids_outside_the_classes_are_void(tmp_path):
@@ -81,10 +139,11 @@ def test_ids_outside_the_classes_are_void(tmp_path):
         assert data.read_label(tmp_path / name, 4).tolist() == [[0, 3, 255, 255]]
 
 
-def test_a_coloured_label_is_refused(tmp_path):
-    save_image(tmp_path / "l.png")
-    with pytest.raises(stego.InputError, match="l.png.*class id"):
-        data.read_label(tmp_path / "l.png", 4)
+@pytest.mark.parametrize("name, pixels", [("l.png", np.zeros((3, 4, 3), np.uint8)), ("l.tif", np.zeros((3, 4), np.float32))])
+def test_a_label_of_colours_or_fractions_is_refused(name, pixels, tmp_path):
+    save_label(tmp_path / name, pixels)
+    with pytest.raises(stego.InputError, match=f"{name}.*class id"):
+        data.read_label(tmp_path / name, 4)
 
 
 # ---- the directory layout ----
@@ -131,6 +190,12 @@ def test_directory_says_what_is_wrong(folder):
     save_image(folder / "imgs/train/a.k.jpg")  # sorts between the two that clash
     with pytest.raises(stego.InputError, match="same name"):
         data.Directory(folder, "train", 4)
+    (folder / "labels/train").rename(folder / "labels/other")  # now it does not matter
+    assert len(data.Directory(folder, "train", 4)) == 5
+    (folder / "imgs/train/a.jpg").unlink()
+    save_label(folder / "labels/train/a_mask.png", np.zeros((30, 40), np.uint8))
+    with pytest.raises(stego.InputError, match="labels/train: no label has the name of an image .* like a.k.png"):
+        data.Directory(folder, "train", 4)
     (folder / "empty").mkdir()
     with pytest.raises(stego.InputError, match="no images"):
         data.Directory(folder / "empty", "train", 4)
@@ -139,6 +204,97 @@ def test_directory_says_what_is_wrong(folder):
 def test_class_colours_are_distinct_and_never_black():
     colours = {tuple(colour) for colour in data.class_palette(256).tolist()}
     assert len(colours) == 256 and (0, 0, 0) not in colours
+
+
+# ---- the check of all files ----
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_all_bad_files_are_named_together_and_left_out_when_asked_for(folder, tmp_path, capsys):
+    for i, kind in enumerate(BAD.keys() - {"folder"}):
+        BAD[kind](folder / f"imgs/train/bad{i}.jpg")
+    (folder / "imgs/train/folder.jpg").mkdir()
+    os.mkfifo(folder / "imgs/train/pipe.jpg")  # whoever opened it would wait for ever
+    (folder / "labels/train/b.png").write_bytes(b"")
+    (folder / "imgs/val/v.png").write_bytes(b"")
+    save_image(folder / "imgs/val/w.png")
+    load = lambda: [data.Directory(folder, split, 4) for split in ("train", "val")]
+    with pytest.raises(stego.InputError) as error:
+        data.check_files(load(), tmp_path / "cache", 2)
+    assert str(error.value).startswith("11 bad files: ") and str(error.value).endswith(
+        "; and 1 more; mend or remove them, or leave them out with --skip-bad")
+    assert all(f"bad{i}.jpg: not a readable image" in str(error.value) for i in range(9))
+    assert "labels/train/b.png: not a readable label" in str(error.value)
+
+    train, val = load()
+    data.check_files((train, val), tmp_path / "cache", 2, skip_bad=True)
+    assert [path.name for path in train.images] == [path.name for path in train.labels] == ["a.png", "c.png"]
+    assert [path.name for path in val.images] == ["w.png"] and "left out 11 bad files: " in capsys.readouterr().out
+    (folder / "imgs/val/w.png").write_bytes(b"")
+    with pytest.raises(stego.InputError, match="w.png"):  # nothing would be left
+        data.check_files([data.Directory(folder, "val", 4)], tmp_path / "cache", 2, skip_bad=True)
+
+
+def test_what_was_checked_is_not_read_again_but_for_what_was_bad(folder, tmp_path, monkeypatch, capsys):
+    read, seen, denied = data.read_image, [], {"a.png"}
+
+    def reader(path, draft=False):
+        seen.append(path.name)
+        if path.name in denied:
+            raise stego.InputError(f"{path}: Permission denied")
+        return read(path, draft)
+
+    monkeypatch.setattr(data, "read_image", reader)
+    check = lambda **options: data.check_files([data.Directory(folder, "train", 3)], tmp_path / "cache", 1, **options)
+    for expected in (["a.png", "b.jpg", "c.png"], ["a.png"]):
+        with pytest.raises(stego.InputError, match="a.png: Permission denied"):
+            check()
+        assert seen == expected
+        seen.clear()
+    denied.clear()  # as chmod does, which leaves the time of the file
+    for expected in (["a.png"], []):
+        capsys.readouterr()
+        check()
+        assert seen == expected and "pixels of the labels have ids of 3 and more" in capsys.readouterr().out
+        seen.clear()
+    os.utime(folder / "imgs/train/b.jpg", ns=(1, 1))
+    check()
+    assert len(seen) == 3
+
+
+def test_a_check_that_was_damaged_is_done_again(folder, tmp_path):
+    check = lambda: data.check_files([data.Directory(folder, "train", 4)], tmp_path / "cache", 1)
+    check()
+    path, = (tmp_path / "cache").iterdir()
+    whole = path.read_text()
+    for damaged in (whole[:-9], "", "{}", "[]", "3"):
+        path.write_text(damaged)
+        check()
+        assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("ids, told", [
+    (np.full((30, 40), 2, np.uint8), "no label shows class 0, class 1, class 3"),
+    (np.full((30, 40), 2, np.uint16), "no label shows class 0, class 1, class 3"),
+    (np.full((30, 40), 255, np.uint8), "all labels are void"),
+    (np.full((30, 40), 700, np.uint16), "3,600 pixels of the labels have ids of 4 and more"),
+    (np.arange(1200, dtype=np.uint16).reshape(30, 40) % 4, ""),
+    (np.arange(1200, dtype=np.uint16).reshape(30, 40) % 5, "720 pixels of the labels have ids of 4 and more")])
+def test_what_is_odd_about_labels_is_told_once(ids, told, folder, tmp_path, capsys):
+    for name in ("a", "b", "sub/c"):
+        save_label(folder / f"labels/train/{name}.png", ids)
+    train = data.Directory(folder, "train", 4)
+    data.check_files((train, data.Directory(folder, "train", 4)), tmp_path / "cache", 1)  # as without imgs/val
+    out = capsys.readouterr().out
+    assert out.count("warning: ") == out.count("\n") == bool(told) + ("700" in str(ids)) and told in out
+    assert train.has_labels == (ids < 4).any()
+
+
+def test_labels_that_are_missing_are_counted_and_the_others_used(folder, tmp_path, capsys):
+    (folder / "labels/train/b.png").unlink()
+    train = data.Directory(folder, "train", 4)
+    data.check_files([train], tmp_path / "cache", 1)
+    assert "train: labels: 2 of 3 images" in capsys.readouterr().out and train.has_labels
+    assert [(data.Views(train, 16)[i][1] == data.VOID).all().item() for i in range(3)] == [False, True, False]
 
 
 # ---- views ----
@@ -159,6 +315,13 @@ def test_views_of_odd_sizes_are_square(width, height, crop):
     assert all(view.size == (32, 32) for view in data.views(Image.new("RGB", (width, height)), 32, crop))
 
 
+def test_the_view_of_a_line_takes_no_gigabytes(monkeypatch):
+    line, sizes, resize = Image.fromarray(np.arange(5000, dtype=np.uint16).astype(np.uint8)[:, None]), [], TF.resize
+    monkeypatch.setattr(data.TF, "resize", lambda image, *how: sizes.append(image.size) or resize(image, *how))
+    view = data.square_view(line, 32)
+    assert sizes == [(1, 8)] and (np.asarray(view) == 2500 % 256).any()  # the middle of it
+
+
 def test_labels_go_through_the_same_view_as_their_image(folder):
     train = data.Directory(folder, "train", 4)
     train.image = lambda i: Image.fromarray(np.stack([train.label(i)] * 3, -1))
@@ -171,6 +334,8 @@ def test_a_label_of_another_size_is_named_with_both_sizes(folder):
     save_label(folder / "labels/train/b.png", np.zeros((10, 20), np.uint8))
     with pytest.raises(stego.InputError, match=r"b.jpg.*40 x 30.*20 x 10"):
         list(data.batches(data.Views(data.Directory(folder, "train", 4), 16), 2, 0))
+    with pytest.raises(stego.InputError, match=r"1 bad files: .*b.jpg.*40 x 30.*20 x 10"):
+        data.check_files([data.Directory(folder, "train", 4)], folder / "cache", 1)
 
 
 def test_all_bad_images_of_a_batch_are_named_together(folder):
@@ -269,11 +434,15 @@ def test_another_file_weight_size_crop_or_facet_is_another_cache(folder, backbon
     seen = {original, key(size=32), key(crop="five"), key(facet="key"), key(bfloat16=True)}
     os.utime(folder / "imgs/train/a.png", ns=(1, 1))
     seen.add(key())
+    save_image(folder / "imgs/train/a.png", seed=7)
+    seen.add(key())
+    save_label(folder / "labels/train/a.png", np.zeros((30, 40), np.uint8))
+    seen.add(key())
     (folder / "imgs/train/a.png").rename(folder / "imgs/train/z.png")
     seen.add(key())
     backbone.norm.bias += 1
     seen.add(key())
-    assert len(seen) == 8
+    assert len(seen) == 10
 
 
 # ---- neighbours ----

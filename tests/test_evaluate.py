@@ -236,7 +236,7 @@ def test_predicted_folder_keeps_names_sizes_and_colours(model, tmp_path):
         Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size[::-1], 3), np.uint8)).save(path)
     palette, out = data.class_palette(5), tmp_path / "out"
     names = [f"cluster {k}" for k in range(5)]
-    assert evaluate.predict_folder(model, model.refit_probe, tmp_path / "photos", out, 32, palette, names, crf=False) == 2
+    assert evaluate.predict_folder(model, model.refit_probe, tmp_path / "photos", out, 32, palette, names, crf=False) == (2, [])
     with Image.open(out / "sub/b.png") as segmented:
         assert segmented.mode == "P" and segmented.size == (33, 71)
         ids, colours = np.asarray(segmented), np.asarray(segmented.convert("RGB"))
@@ -246,10 +246,40 @@ def test_predicted_folder_keeps_names_sizes_and_colours(model, tmp_path):
     assert (out / "panel.png").is_file()
     assert json.loads((out / "clusters.json").read_text())["3"] == {"name": "cluster 3", "color": palette[3].tolist()}
     photo = tmp_path / "photos/a.jpg"
-    assert evaluate.predict_folder(model, model.refit_probe, photo, tmp_path / "one", 32, palette, names) == 1
+    assert evaluate.predict_folder(model, model.refit_probe, photo, tmp_path / "one", 32, palette, names) == (1, [])
     assert (tmp_path / "one/a.png").is_file()
     with pytest.raises(stego.InputError, match="inside"):
         evaluate.predict_folder(model, model.refit_probe, tmp_path / "photos", tmp_path / "photos/out", 32, palette, names)
+
+
+def predicted(model, photos, out):
+    return evaluate.predict_folder(model, model.refit_probe, photos, out, 32, data.class_palette(5), list("abcde"), crf=False)
+
+
+def test_photos_that_cannot_be_read_are_told_when_the_others_are_done(model, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for name in ("a.jpg", "c\nd.png"):
+        (photos / name).write_bytes(b"")
+    with pytest.raises(stego.InputError, match=r"^2 bad files: .*a.jpg.*c\\nd.png"):
+        predicted(model, photos, out)
+    Image.new("RGB", (1, 5000)).save(photos / "line.png")
+    Image.new("RGB", (66_000, 3)).save(photos / "long.png")  # more than a JPEG can hold
+    n, bad = predicted(model, photos, out)
+    assert n == 1 and len(bad) == 3 and "long.png: a side of more than 65,500 pixels" in bad[2]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "clusters.json", "line.png", "line_overlay.jpg", "panel.png"]
+
+
+@pytest.mark.parametrize("names, folder, out", [(["a.jpg", "a.png"], "photos", "out"), (["panel.jpg"], "photos", "out"),
+                                                (["a.png"], "photos/a.png", "photos")])
+def test_no_result_replaces_another_or_a_photo(names, folder, out, model, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in names:
+        Image.new("RGB", (40, 30)).save(tmp_path / "photos" / name)
+    with pytest.raises(stego.InputError, match=f"{names[-1]}: its result would replace another picture"):
+        predicted(model, tmp_path / folder, tmp_path / out)
+    assert sorted(path.name for path in (tmp_path / "photos").iterdir()) == names and not (tmp_path / "out").exists()
 
 
 class Made:

@@ -1,5 +1,7 @@
 """train.py and evaluate.py as they are used: whole runs, interruption and resume, settings, mistakes."""
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -262,25 +264,102 @@ def test_linear_loss_ignores_void_and_costs_nothing_without_labels():
 
 # ---- mistakes ----
 
+def told(monkeypatch, capsys, script, *arguments):
+    """The sentence that a mistake ends with."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        train.evaluate.run(script.main)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("option, values", {
+    "num-classes": "0 -1 256", "num-clusters": "0 256", "resolution": "0 -8", "eval-resolution": "0", "code-dim": "0",
+    "dropout": "1 -0.1 nan", "neighbors": "0", "batch-size": "1 0 -4", "lambda-self": "-1 nan", "lambda-knn": "inf",
+    "lambda-rand": "-inf", "b-self": "nan", "b-knn": "inf", "b-rand": "30", "steps": "0 -5", "lr": "-0.1 nan inf",
+    "probe-lr": "-1", "seed": "-1 99999999999999999999", "seeds": "0 -2", "workers": "-1", "cache-gb": "-1 nan",
+    "checkpoint-every": "0", "log-every": "0"}.items())
+def test_impossible_values_are_told_with_the_possible_ones(option, values, monkeypatch, capsys):
+    for value in values.split():
+        error = told(monkeypatch, capsys, train, f"--{option}={value}")
+        assert re.match(f"error: --{option} must be at least .* and less than .*, it is {value}", error)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--preset cocostuff27-vitb", "--preset cocostuff27-vitb: not one of scenes, .*mean cocostuff27-vitb8 or "),
+    ("--dataset scense", "--dataset scense: not one of .*mean scenes"),
+    ("--dataset citiscapes --data-root images", "mean cityscapes"),
+    ("--data-root images --num-classes 3 --backbone dino_vitb-8", "backbone dino_vitb-8: neither a file .*mean dino_vitb8 or "),
+    ("--backbone nonsense", r"one of [\w, ]*$")])
+def test_of_unknown_names_the_nearest_are_offered(arguments, message, workplace, monkeypatch, capsys):
+    assert re.search(message, told(monkeypatch, capsys, train, *arguments.split()))
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--data-root", "nowhere", "--num-classes", "3"], "nowhere"),
     (["--data-root", "images", "--backbone", "vit.pth"], "--num-classes"),
     (["--dataset", "directory"], "--data-root"),
     (["--data-root", "images", "--num-classes", "3", "--backbone", "resnet50"], "resnet50"),
-    (["--data-root", "images", *SMALL, "--batch-size", "1"], "--batch-size"),
     (["--data-root", "images", *SMALL, "--batch-size", "13"], "--batch-size 13"),
-    (["--data-root", "images", *SMALL, "--steps", "0"], "--steps"),
-    (["--data-root", "images", *SMALL, "--seeds", "0"], "--seeds"),
+    (["--data-root", "images", *SMALL, "--resolution", "11"], "--resolution 11 is one patch of 8 pixels"),
+    (["--data-root", "images", *SMALL, "--resolution", "16", "--num-clusters", "49"], "--num-clusters 49 is more"),
+    (["--data-root", "images/imgs/train/0.png", *SMALL], "--crop five"),
+    (["--data-root", "images", "--dataset", "scenes"], "--dataset directory"),
     (["--data-root", "images", *SMALL, "--same-class", "0.5", "0.4", "1"], "--same-class"),
     (["--data-root", "images", *SMALL, "--same-class", "0.5", "0.4", "0.1", "--b-knn", "0.3"], "leave --b-self"),
     (["--data-root", "images", *SMALL, "--device", "abacus"], "abacus"),
     (["--resume", "--name", "never"], "never")])
 def test_mistakes_are_told_in_a_sentence(arguments, message, workplace, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train.evaluate.run(lambda: train_here(monkeypatch, *arguments))
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+    error = told(monkeypatch, capsys, train, *arguments)
+    assert error.startswith("error: ") and message in error and not (workplace / "runs").exists()
+
+
+def test_bad_files_stop_a_run_before_it_begins_or_are_left_out_of_all_of_it(workplace, monkeypatch, capsys):
+    for name in ("imgs/train/3.png", "labels/train/5.png", "imgs/val/1.png"):
+        os.truncate(workplace / "images" / name, 60)
+    settings = ["--data-root", "images", "--name", "t", "--no-crf", *SMALL]
+    error = told(monkeypatch, capsys, train, *settings)
+    assert error.startswith("error: 3 bad files: ") and all(f"{name}: not" in error for name in ("3.png", "5.png", "1.png"))
+    assert not (workplace / "runs").exists()
+    train_here(monkeypatch, *settings, "--skip-bad")
+    assert "10 training images at 32 pixels, labelled; 1 images to evaluate" in capsys.readouterr().out
+    train_here(monkeypatch, "--resume", "--name", "t")  # as it began
+    for option in ("--baseline", "--correspondences"):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", "runs/t", "--no-crf", "--workers", "1", option])
+        train.evaluate.main()
+    assert capsys.readouterr().out.count("left out 3 bad files: ") == 3 and len(list(workplace.glob("cache/*/maps.npy"))) == 1
+
+
+def test_a_few_photos_make_a_smaller_batch_unless_its_size_was_given(workplace, monkeypatch, capsys):
+    for i in range(7, 12):
+        (workplace / f"images/imgs/train/{i}.png").unlink()
+    settings = SMALL[:]
+    del settings[settings.index("--batch-size"):settings.index("--batch-size") + 2]
+    train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", *settings)
+    assert "batch size 7: there are 7 training views" in capsys.readouterr().out
+    assert json.loads((workplace / "runs/t/config.json").read_text())["batch_size"] == 7
+    train_here(monkeypatch, "--resume", "--name", "t", "--batch-size", "7")
+    assert "batch size" not in capsys.readouterr().out
+    error = told(monkeypatch, capsys, train, "--data-root", "images", *settings, "--batch-size", "16")
+    assert "--batch-size 16 is more than the 7 training views" in error
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("", "--checkpoint FILE"), ("--checkpoint nowhere.pt", "nowhere.pt"), ("--checkpoint m.pt --predict images", "--out"),
+    ("--checkpoint m.pt --eval-resolution 0", "--eval-resolution must be at least 1"),
+    ("--checkpoint m.pt --workers -1", "--workers must be at least 0"),
+    ("--checkpoint m.pt --device abacus", "--device abacus"),
+    ("--checkpoint m.pt --predict images --out o --baseline", "--baseline: not allowed with argument --predict"),
+    ("--checkpoint m.pt --baseline --correspondences", "--correspondences: not allowed with argument --baseline"),
+    ("--checkpoint m.pt --clusters refit", "--clusters refit: m.pt has no clusters of finished codes"),
+    ("--checkpoint m.pt --dataset scens", "mean scenes"), ("--checkpoint m.pt --split test", "imgs/test: no images"),
+    ("--checkpoint m.pt --data-root nowhere", "nowhere: there is no such folder"),
+    ("--compare images", "--compare images: not the folder of a finished run")])
+def test_mistakes_in_an_evaluation_are_told_in_a_sentence(arguments, message, workplace, monkeypatch, capsys):
+    model = stego.Stego(stego.load_backbone("vit.pth"), 5, 3)
+    stego.save_checkpoint("m.pt", model, {**train.DEFAULTS, "data_root": "images", "num_classes": 3})
+    error = told(monkeypatch, capsys, train.evaluate, *arguments.split())
+    assert "error: " in error and message in error
 
 
 def test_a_loss_that_is_no_number_stops_the_run(workplace, monkeypatch):
@@ -344,5 +423,5 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(workplace,
     train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", *SMALL)
     with pytest.raises(stego.InputError, match="--resume"):
         train_here(monkeypatch, "--data-root", "images", "--name", "t", *SMALL)
-    with pytest.raises(stego.InputError, match="code_dim 6 instead of 5"):
-        train_here(monkeypatch, "--resume", "--name", "t", "--code-dim", "6")
+    with pytest.raises(stego.InputError, match="code_dim 6 instead of 5, lr 0.1 instead of 0.0005"):
+        train_here(monkeypatch, "--resume", "--name", "t", "--code-dim", "6", "--steps", "12", "--lr", "0.1")
