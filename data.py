@@ -434,7 +434,7 @@ def load_collection(dataset, root, split, n_classes=None):
 
 def listed(bad):
     """What is wrong with some files, the first ten of them, in one sentence."""
-    return f"{len(bad):,} bad files: {'; '.join(bad[:10])}" + f"; and {len(bad) - 10:,} more" * (len(bad) > 10)
+    return f"{len(bad):,} bad file{'s' * (len(bad) > 1)}: {'; '.join(bad[:10])}" + f"; and {len(bad) - 10:,} more" * (len(bad) > 10)
 
 
 def check_files(collections, cache_dir, workers, skip_bad=False):

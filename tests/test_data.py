@@ -295,6 +295,8 @@ def test_labels_that_are_missing_are_counted_and_the_others_used(folder, tmp_pat
     data.check_files([train], tmp_path / "cache", 1)
     assert "train: labels: 2 of 3 images" in capsys.readouterr().out and train.has_labels
     assert [(data.Views(train, 16)[i][1] == data.VOID).all().item() for i in range(3)] == [False, True, False]
+    train.leave_out({0, 2})
+    assert len(train) == 1 and not train.has_labels
 
 
 # ---- views ----
@@ -334,7 +336,7 @@ def test_a_label_of_another_size_is_named_with_both_sizes(folder):
     save_label(folder / "labels/train/b.png", np.zeros((10, 20), np.uint8))
     with pytest.raises(stego.InputError, match=r"b.jpg.*40 x 30.*20 x 10"):
         list(data.batches(data.Views(data.Directory(folder, "train", 4), 16), 2, 0))
-    with pytest.raises(stego.InputError, match=r"1 bad files: .*b.jpg.*40 x 30.*20 x 10"):
+    with pytest.raises(stego.InputError, match=r"1 bad file: .*b.jpg.*40 x 30.*20 x 10"):
         data.check_files([data.Directory(folder, "train", 4)], folder / "cache", 1)
 
 

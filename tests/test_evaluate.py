@@ -159,6 +159,12 @@ def model():
     return model
 
 
+def test_baselines_of_fewer_points_than_code_dimensions():
+    features = data.Features(torch.randn(2, 16, 2, 2).half(), None, None, None)
+    probes = evaluate.baseline_probes(features, 10, 3, None, steps=1, seed=0, device="cpu")
+    assert probes["k-means on PCA"][0].centroids.shape == (3, 8) and len(probes) == 3
+
+
 # ---- correspondences ----
 
 def test_correspondences_know_the_classes_of_their_points():
@@ -256,7 +262,10 @@ def predicted(model, photos, out):
     return evaluate.predict_folder(model, model.refit_probe, photos, out, 32, data.class_palette(5), list("abcde"), crf=False)
 
 
-def test_photos_that_cannot_be_read_are_told_when_the_others_are_done(model, tmp_path):
+def test_photos_that_cannot_be_read_are_told_when_the_others_are_done(model, tmp_path, monkeypatch):
+    resize, sizes = evaluate.TF.resize, []
+    monkeypatch.setattr(evaluate.TF, "resize", lambda image, size, *how: sizes.append((image.size, size)) or resize(
+        image.resize((4, 4)), size, *how))
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     for name in ("a.jpg", "c\nd.png"):
@@ -267,6 +276,7 @@ def test_photos_that_cannot_be_read_are_told_when_the_others_are_done(model, tmp
     Image.new("RGB", (66_000, 3)).save(photos / "long.png")  # more than a JPEG can hold
     n, bad = predicted(model, photos, out)
     assert n == 1 and len(bad) == 3 and "long.png: a side of more than 65,500 pixels" in bad[2]
+    assert sizes == [((1, 5000), (128, 32))] + 3 * [((1, 8), 320)]  # 320 x 1,600,000 pixels would be gigabytes
     assert sorted(path.name for path in out.iterdir()) == [
         "clusters.json", "line.png", "line_overlay.jpg", "panel.png"]
 
