@@ -446,39 +446,32 @@ def transitivity(F, pairs, rates):
 
 
 @torch.no_grad()
-def same_class_rates(maps, neighbors, seed=0, n_images=48, n_points=128, n_rand=256):
-    """Shares of the self, knn and rand pairs of points that show the same class, estimated from features alone.
+def same_class_rates(maps, neighbors, seed=0, n_images=48, n_points=128):
+    """Shares of the self and the knn pairs of points that show the same class, estimated from features alone.
 
     Transitivity (see above) hardly changes while the shift cuts inside the classes and falls once it joins different
-    ones: the estimate is the largest rate that keeps most of the best kappa.
+    ones: the estimate is the largest rate that keeps 90 % of the best kappa.
 
     maps: (N, D, h, w), anything that indexes to it. neighbors: (N, k). Seconds on a CPU. Deterministic per seed.
     """
-    generator, n = torch.Generator().manual_seed(seed), len(maps)
-
-    def points(images, count):
-        return nnf.normalize(random_vectors(maps, images, count, generator), dim=2)
-
-    x = torch.randperm(n, generator=generator)[:n_images]
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randperm(len(maps), generator=generator)[:n_images]
     x_knn = neighbors[x, torch.randint(neighbors.shape[1], x.shape, generator=generator)]
-    self_, knn = points(x, n_points), points(x_knn, n_points)
-    others = torch.randperm(n, generator=generator)[:n_rand]
-    rand = torch.cat([points(some, 4 * n_rand // len(others)) for some in others.split(64)])
+    self_, knn = (nnf.normalize(random_vectors(maps, images, n_points, generator), dim=2) for images in (x, x_knn))
 
     def different(ids):  # (m, m) bool: which of m points differ in their id
-        return (ids[:, None] != ids).to(rand.device)
+        return (ids[:, None] != ids).to(self_.device)
 
     both = torch.arange(2 * self_.shape[1])
-    within, across = different(both[:self_.shape[1]]), different(torch.arange(rand.shape[0] * rand.shape[1]) // rand.shape[1])
+    within = different(both[:self_.shape[1]])
     rates, estimates = [percent / 100 for percent in (*range(5, 30), *range(30, 82, 2))], []
-    for vectors, pairs, joinable, kept in (  # groups of points, the pairs that count, those that may be joined
-            (self_, within, within, 0.90),
-            (torch.cat([self_, knn], 1), different(both // self_.shape[1]), different(both), 0.90),
-            (rand.flatten(0, 1)[None], across, across, 0.975)):
+    for vectors, pairs, joinable in (  # groups of points, the pairs that count, those that may be joined
+            (self_, within, within),
+            (torch.cat([self_, knn], 1), different(both // self_.shape[1]), different(both))):
         F = (vectors @ vectors.transpose(1, 2)).masked_fill(~joinable, -2)
         kappas = transitivity(F, pairs[None], rates)
         best = kappas.index(max(kappas))
-        falls = [i for i in range(best, len(rates)) if kappas[i] < kept * kappas[best]]
+        falls = [i for i in range(best, len(rates)) if kappas[i] < 0.9 * kappas[best]]
         estimates.append(rates[falls[0] - 1 if falls else -1])
     return tuple(estimates)
 

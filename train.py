@@ -325,14 +325,17 @@ def run(given, options, name):
         if config["same_class"] or "auto" in given_shifts:
             rates = config["same_class"] or same_class_rates(features.maps, neighbors, config["seed"])
             pairs = evaluate.correspondences(features, neighbors, model.head, **pair_options)
-            print("shares of pairs that attract (self, knn, rand):", ", ".join(f"{100 * rate:.0f} %" for rate in rates))
+            quantiles = [F.quantile(1 - rate).item() for (F, _, _), rate in zip(pairs.values(), rates)]
+            if not config["same_class"]:
+                quantiles.append(quantiles[1])  # what corresponds in a neighbour does so in any other image
+            given_shifts = [quantile if config["same_class"] or shift == "auto" else shift
+                            for quantile, shift in zip(quantiles, given_shifts)]
+            print("shifts (self, knn, rand): " + ", ".join(f"{shift:.3f}" for shift in given_shifts))
+            print("shares of pairs that attract: " + ", ".join(
+                f"{100 * (F > shift).float().mean():.0f} %" for (F, _, _), shift in zip(pairs.values(), given_shifts)))
             if train.has_labels:
                 print("shares of pairs of one class, by the labels: " + ", ".join(
                     f"{100 * same[same >= 0].float().mean():.0f} %" for _, _, same in pairs.values()))
-            quantiles = [F.quantile(1 - rate).item() for (F, _, _), rate in zip(pairs.values(), rates)]
-            given_shifts = [quantile if config["same_class"] or shift == "auto" else shift
-                            for quantile, shift in zip(quantiles, given_shifts)]
-            print("shifts: " + ", ".join(f"{shift:.3f}" for shift in given_shifts))
         config["shifts"] = data.gathered(given_shifts)[0]
         if rank == 0:
             data.write_text(folder / "config.json", json.dumps(config, indent=1))
