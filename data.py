@@ -228,7 +228,10 @@ class Directory(Files):
             raise InputError(f"{labels}: no label has the name of an image up to its ending, like {stems[0]}.png; rename them, "
                              "or do without this folder")
         names = root / "classes.txt"
-        names = names.read_text().split("\n") if names.is_file() else []
+        try:
+            names = names.read_text("utf-8-sig").split("\n") if names.is_file() else []
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{names}: not a readable text file ({error}); save it as UTF-8") from error
         names = [name.strip() for name in names if name.strip()]
         n_classes = n_classes or len(names)
         if not 1 <= n_classes <= VOID:
@@ -423,6 +426,8 @@ def load_collection(dataset, root, split, n_classes=None):
         if not root:
             raise InputError("--dataset directory needs --data-root FOLDER")
         return Directory(root, split, n_classes)
+    if dataset not in DATASETS:
+        raise InputError(f"dataset {dataset!r}: there are {', '.join(DATASETS)}")
     if dataset == "scenes" and split not in Scenes.FIRST_SEED:
         raise InputError(f"--split {split}: the scenes have {', '.join(Scenes.FIRST_SEED)}")
     collection = Scenes(split) if dataset == "scenes" else Published(dataset, root, split)
@@ -596,20 +601,23 @@ def cache_key(backbone, collection, size, crop, facet, bfloat16):
     return digest.hexdigest()[:16]
 
 
-def open_map(path):
-    """A .npy file as a tensor over its read-only memory map: only what is indexed is read. Raises InputError naming it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes
-        return torch.from_numpy(load_array(path, "r"))
-
-
-def load_array(path, mode):
-    """A .npy file as a memory map. Raises InputError for one that is damaged."""
+def load_array(path, mode, shape, dtype):
+    """A .npy file as a memory map. Raises InputError for one that is damaged, or not of this shape and type."""
     try:
-        return np.load(path, mmap_mode=mode, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        array = np.load(path, mmap_mode=mode, allow_pickle=False)
+        if array.shape != tuple(shape) or array.dtype != dtype:
+            raise ValueError(f"{array.dtype} {array.shape} instead of {np.dtype(dtype)} {tuple(shape)}")
+    except Exception as error:  # of damaged files, NumPy complains in many ways
         raise InputError(f"{path}: damaged ({error}); delete the folder {Path(path).parent}, and the next run fills it "
                          "again") from error
+    return array
+
+
+def open_map(path, shape, dtype):
+    """A .npy file as a tensor over its read-only memory map: only what is indexed is read. See load_array."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes
+        return torch.from_numpy(load_array(path, "r", shape, dtype))
 
 
 def extract_features(backbone, collection, size, crop="none", facet="token", bfloat16=False, cache_dir="cache",
@@ -666,8 +674,8 @@ def extract_features(backbone, collection, size, crop="none", facet="token", bfl
             with replacing(partial / "done.npy") as temporary, open(temporary, "wb") as file:
                 np.save(file, np.zeros(len(collection), bool))  # which images are on the disk
         gathered(None)
-        out = {name: load_array(partial / f"{name}.npy", "r+") for name in (*layout, "done")}
-        done = out.pop("done")
+        out = {name: load_array(partial / f"{name}.npy", "r+", *kind) for name, kind in layout.items()}
+        done = load_array(partial / "done.npy", "r+", (len(collection),), bool)
         todo = gathered(np.flatnonzero(~done))[0][rank::world]
         n_read, n_saved, saved = 0, 0, time.monotonic()
         loader = batches(torch.utils.data.Subset(Views(collection, size, crop), todo), batch_size, workers)
@@ -699,7 +707,7 @@ def extract_features(backbone, collection, size, crop="none", facet="token", bfl
             held.close()
         gathered(None)
 
-    opened = {name: open_map(folder / f"{name}.npy") for name in layout}
+    opened = {name: open_map(folder / f"{name}.npy", *kind) for name, kind in layout.items()}
     if mode != "live":
         return Features(opened["maps"].permute(0, 3, 1, 2), opened["vectors"], opened.get("labels"), folder)
     read = functools.lru_cache(maxsize=128)(Views(collection, size, crop).__getitem__)  # one decoding, image and label
@@ -761,4 +769,7 @@ def cached_neighbors(features, k, device="cpu"):
                 np.save(file, neighbors.numpy())
             held.close()
         gathered(None)
-    return open_map(path)
+    neighbors = open_map(path, (len(features.vectors), k), np.int64)
+    if not 0 <= neighbors.min() <= neighbors.max() < len(features.vectors):
+        raise InputError(f"{path}: damaged (there is no such neighbour); delete it, and the next run finds them again")
+    return neighbors

@@ -86,7 +86,7 @@ def train_step_cached_vs_live(quick, device):
     with tempfile.TemporaryDirectory() as folder, reader as ahead:
         maps = np.lib.format.open_memmap(f"{folder}/maps.npy", "w+", np.float16, (n, size // 8, size // 8, 384))
         maps[:] = np.random.default_rng(0).standard_normal(maps.shape)
-        maps = data.open_map(f"{folder}/maps.npy").permute(0, 3, 1, 2)
+        maps = torch.from_numpy(np.load(f"{folder}/maps.npy", mmap_mode="c")).permute(0, 3, 1, 2)
         if device == "cuda":
             maps = maps.to(device)
         read = lambda: [source[torch.randint(n, (batch,))] for source in (maps, maps, labels)]
