@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 import data
 from crf import dense_crf
-from stego import (VOID, ClusterProbe, InputError, correlation, feature_correspondence, linear_probe_loss, load_checkpoint,
-                   random_vectors, replacing, sample)
+from stego import (VOID, ClusterProbe, InputError, check_settings, correlation, feature_correspondence, linear_probe_loss,
+                   load_checkpoint, random_vectors, replacing, sample)
 
 RAW, ONLINE, REFIT, LINEAR = "k-means on features", "cluster probe", "k-means on codes", "linear probe"  # table rows
 
@@ -471,7 +471,7 @@ def table(results, prediction=None):
     results: name of a probe, with " + CRF" or without -> the `scores` of each run.
     """
     names = [name for name in results if not name.endswith(" + CRF")]
-    width = max(map(len, names))
+    width = max(map(len, names), default=0)  # without labels there are no scores
     suffixes = [suffix for suffix in ("", " + CRF") if any(f"{name}{suffix}" in results for name in names)]
     lines = [" " * width + "".join(f"{'mIoU' + suffix:>14}{'accuracy':>14}" for suffix in suffixes)]
     for name in names:
@@ -493,13 +493,14 @@ def compare(folders):
             summary = json.loads((folder / "scores.json").read_text())
             home = folder if (folder / "config.json").is_file() else folder.parent  # of what evaluate.py wrote
             config = json.loads((home / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"--compare {folder}: not the folder of a finished run ({error})") from error
-        for name in ("seed", "shifts"):  # automatic shifts depend on the seed
-            config.pop(name, None)
-        results, prediction = summary["results"], summary["prediction"]
-        results.update({name.replace(prediction, "the prediction"): result for name, result in results.items()
-                        if name.startswith(prediction)})
+            for name in ("seed", "shifts"):  # automatic shifts depend on the seed
+                config.pop(name, None)
+            results, prediction = ({name: {score: float(result[score]) for score in ("miou", "accuracy")}
+                                    for name, result in summary["results"].items()}, summary["prediction"])
+            results.update({name.replace(prediction, "the prediction"): result for name, result in results.items()
+                            if name.startswith(prediction)})
+        except Exception as error:  # whatever it is that other files lead to
+            raise InputError(f"--compare {folder}: not the folder of a finished run ({error!r:.200})") from error
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(results)
     settings = [json.loads(key) for key in groups]
     differing = [name for name in settings[0] if len({str(config.get(name)) for config in settings}) > 1]
@@ -895,6 +896,7 @@ def default_workers():
 
 def run(main):
     """main(), with what goes wrong as one sentence: exit status 2, or 130 after Ctrl-C."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may be what a terminal cannot show
     try:
         main()
     except KeyboardInterrupt as interruption:
@@ -962,6 +964,8 @@ def main():
     rank, world = data.process()
     device = choose_device(args.device)
     model, config = load_checkpoint(path, device)
+    check_settings(config, path, needed=("eval_resolution", "dataset", "data_root", "num_classes", "resolution", "crop",
+                                         "neighbors", "center", "code_dim", "steps"))
     model.bfloat16 = choose_precision(args.precision, device)
     size = data.round_to_patch(args.eval_resolution or config["eval_resolution"], model.backbone.patch_size)
     probes, prediction = model_probes(model, config.get("effective_rank", math.inf))
@@ -973,9 +977,13 @@ def main():
         if world > 1:
             raise InputError("--predict is for one process: start it without torchrun")
         # After training on labelled images the clusters of this probe have the names and colours of classes.
-        n, named = len(probes[prediction][0].centroids), config.get("assignments", {}).get(prediction)
-        names = cluster_names(named or [-1] * n, config.get("classes"), range(n))
-        palette = cluster_palette(named or range(n), np.array(config.get("palette", data.class_palette(n)), np.uint8))
+        n = len(probes[prediction][0].centroids)
+        try:
+            named = config.get("assignments", {}).get(prediction)
+            names = cluster_names(named or [-1] * n, config.get("classes"), range(n))
+            palette = cluster_palette(named or range(n), np.array(config.get("palette", data.class_palette(n)), np.uint8))
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise InputError(f"{path}: the names or colours of its classes are damaged ({error})") from error
         n, bad = predict_folder(model, probes[prediction][0], args.predict, args.out, size, palette, names, args.crf)
         print(f"{n} images segmented into {args.out}")
         if bad and not args.skip_bad:
@@ -1010,7 +1018,8 @@ def main():
         return
     if args.baseline:
         probes = {**baseline_probes(features, config["code_dim"], len(probes[prediction][0].centroids),
-                                    train.n_classes if train.has_labels else None, config["steps"], config["seed"], device),
+                                    train.n_classes if train.has_labels else None, config["steps"],
+                                    config.get("seed", 0), device),
                   **probes}
     print(f"{len(collection)} images of {collection.root}, split {collection.split}, at {size} pixels")
     confusions, samples = evaluate(model, collection, size, probes, args.crf, workers=args.workers)

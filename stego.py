@@ -25,6 +25,7 @@ import http.client
 import io
 import os
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path
 
@@ -217,26 +218,26 @@ def vit_from_state_dict(state, num_heads=None):
     state = {key: value for key, value in state.items() if key != "mask_token"}  # DINOv2: used in pretraining only
     if any("rope" in key or key == "storage_tokens" for key in state):
         raise InputError("these are DINOv3 weights, whose rotary positions this ViT lacks; take DINO or DINOv2")
-    missing = {"patch_embed.proj.weight", "pos_embed", "cls_token", "norm.weight"} - state.keys()
+    missing = {"patch_embed.proj.weight", "pos_embed", "cls_token", "norm.weight", "blocks.0.norm1.weight"} - state.keys()
     if missing:
         raise InputError(f"not a DINO or DINOv2 ViT: the weights lack {', '.join(sorted(missing))}")
-    if "reg_token" in state:  # timm's registers; it has added the class token's position to the class token itself
+    if "reg_token" in state and state["pos_embed"].ndim == 3:
+        # timm's registers; it has added the class token's position to the class token itself
         state["register_tokens"] = state.pop("reg_token")
         state["pos_embed"] = nnf.pad(state["pos_embed"], (0, 0, 1, 0))  # which leaves zero as its position
     patch, pos = state["patch_embed.proj.weight"], state["pos_embed"]
-    if patch.ndim != 4 or patch.shape[1] != 3 or patch.shape[2] != patch.shape[3]:
+    if patch.ndim != 4 or patch.shape[1] != 3 or patch.shape[2] != patch.shape[3] or not patch.numel():
         raise InputError(f"patch_embed.proj.weight should be (D, 3, p, p), it is {tuple(patch.shape)}")
     D, _, p, _ = patch.shape
     side = round((pos.shape[1] - 1) ** 0.5) if pos.ndim == 3 else -1
-    if tuple(pos.shape) != (1, 1 + side ** 2, D):
+    if side < 1 or tuple(pos.shape) != (1, 1 + side ** 2, D):
         raise InputError(f"pos_embed should be (1, 1 + side^2, {D}), it is {tuple(pos.shape)}")
-    blocks = [int(key.split(".")[1]) for key in state if key.startswith("blocks.") and key.split(".")[1].isdigit()]
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state and state["register_tokens"].ndim == 3 else 0
     num_heads = num_heads or max(1, D // 64)
-    if D % num_heads:
+    if num_heads < 0 or D % num_heads:
         raise InputError(f"features of {D} numbers cannot be split over {num_heads} heads: give num_heads")
-    vit = VisionTransformer(p, D, max(blocks, default=-1) + 1, num_heads, side * p, registers,
-                            "blocks.0.ls1.gamma" in state)
+    vit = VisionTransformer(p, D, depth, num_heads, side * p, registers, "blocks.0.ls1.gamma" in state)
     for key, value in vit.state_dict().items():
         if key not in state:
             raise InputError(f"the weights lack {key}")
@@ -268,10 +269,9 @@ def load_backbone(name_or_path, device="cpu"):
             raise InputError(f"{error}{mend}") from error
         if isinstance(state, dict) and isinstance(state.get("teacher"), dict):
             state = {key.removeprefix("module.").removeprefix("backbone."): value
-                     for key, value in state["teacher"].items()}
+                     for key, value in state["teacher"].items() if isinstance(key, str)}
             state = {key: value for key, value in state.items() if not key.startswith("head.")}  # DINO's projection head
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise InputError("not a state dict of tensors")
+        check_weights(state, file)
         vit = vit_from_state_dict(state)
     except InputError as error:
         raise InputError(f"backbone {name_or_path}: {error}") from error
@@ -602,6 +602,43 @@ def read_records(path, device="cpu"):
             return Reader(file).load()
 
 
+def check_pickles(path):
+    """Whether the file is a zip file. Raises InputError for what would crash a reader or fill the memory: what is packed,
+    tuples in tuples in ..., whose hash is a recursion without bound, and objects that are numbered beyond all there are.
+
+    The bounds are several times what the checkpoints of the largest published models have.
+    """
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "rb"))
+        zipped = file.read(4) == b"PK\3\4"  # what torch.load goes by
+        file.seek(0)
+        files = [file] * 5  # its old format: five pickles, then the numbers
+        if zipped:
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
+                raise InputError(f"{path}: refused, because it is packed, which torch.save never does; unpack it and zip it "
+                                 "without compression")
+            files = [stack.enter_context(archive.open(member)) for member in archive.infolist()
+                     if member.filename.endswith("data.pkl")]
+        tuples = 0
+        for file in files:
+            for opcode, argument, _ in pickletools.genops(file):
+                tuples += opcode.name.startswith("TUPLE")
+                if tuples > 50_000 or opcode.name.endswith("PUT") and int(argument) > 2 ** 20:
+                    raise InputError(f"{path}: refused, because no model takes so many tuples or numbered objects")
+    return zipped
+
+
+def check_weights(state, path):
+    """Raises InputError unless `state`, from this file, is str -> tensor of real numbers, all of which the file holds."""
+    if not isinstance(state, dict) or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout is torch.strided
+            and value.is_floating_point() and not value.is_meta for key, value in state.items()):
+        raise InputError("not a state dict of tensors")
+    if sum(value.numel() * value.element_size() for value in state.values()) > os.path.getsize(path):
+        raise InputError("the tensors are larger than the file")  # a stride of 0 makes any size of a single number
+
+
 def read_tensors(path, device="cpu"):
     """What torch.save wrote, running no code from the file: tensors, plain data and Records.
 
@@ -613,10 +650,11 @@ def read_tensors(path, device="cpu"):
         raise InputError(f"{path}: safetensors files are not read; where that package is installed, convert it once with "
                          f"torch.save(safetensors.torch.load_file({str(path)!r}), 'weights.pth')")
     try:
+        zipped = check_pickles(path)
         try:
             return torch.load(path, map_location=device, weights_only=True)
         except pickle.UnpicklingError as error:  # more than tensors; torch goes on about how to run it all the same
-            if not zipfile.is_zipfile(path):
+            if not zipped:
                 raise InputError(f"{path}: neither a zip file as torch.save writes it, nor tensors alone in its old "
                                  "format; get the file from those who made it") from error
             return read_records(path, device)
@@ -720,7 +758,7 @@ def plain(value):
         return plain(fields.get("_content", fields.get("_val", fields)))
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list) else value
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def from_authors(saved):
@@ -755,16 +793,49 @@ def load_checkpoint(path, device="cpu"):
     try:
         if "hyper_parameters" in saved:
             saved = from_authors(saved)
-        if saved["format"] != "stego 1":
+        if (saved["format"] != "stego 1" or not fits(saved["facet"], ("token", "key"))
+                or not fits(saved["num_heads"], (int, None)) or not fits(saved["dropout"], float)
+                or not isinstance(saved["config"], dict)):
             raise KeyError("format")
         state = saved["model"]
+        check_weights(state, path)
         backbone = vit_from_state_dict({key.removeprefix("backbone."): value for key, value in state.items()
                                         if key.startswith("backbone.")}, saved["num_heads"])
-        model = Stego(backbone, *state["cluster_probe.centroids"].T.shape, dropout=saved["dropout"], facet=saved["facet"],
+        model = Stego(backbone, *state["cluster_probe.centroids"].shape[::-1], dropout=saved["dropout"], facet=saved["facet"],
                       n_classes=len(state["linear_probe.weight"]) if "linear_probe.weight" in state else None)
         if "refit_probe.centroids" in state:
-            model.refit_probe = ClusterProbe(*state["refit_probe.centroids"].T.shape)
+            model.refit_probe = ClusterProbe(*state["refit_probe.centroids"].shape[::-1])
         model.load_state_dict(state)
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise InputError(f"{path}: neither a checkpoint of this program nor one of the authors' STEGO ({error})") from error
     return model.to(device).eval(), saved["config"]
+
+
+# What a setting may be that is read back from a file: of a type, one of several kinds (...), a list of one kind [...]
+SETTING_KINDS = {
+    **dict.fromkeys(("dataset", "backbone"), str), "data_root": (str, None), "crop": ("none", "five"),
+    "facet": ("token", "key"), "precision": ("auto", "float32", "bfloat16"),
+    **dict.fromkeys(("resolution", "eval_resolution", "code_dim", "batch_size", "steps", "neighbors", "seed"), int),
+    **dict.fromkeys(("num_classes", "num_clusters"), (int, None)),
+    **dict.fromkeys(("center", "zero_clamp", "stabilize", "crf"), bool),
+    **dict.fromkeys(("dropout", "lr", "probe_lr", "lambda_self", "lambda_knn", "lambda_rand", "effective_rank"), float),
+    **dict.fromkeys(("b_self", "b_knn", "b_rand"), (float, "auto")), "same_class": ([float, float, float], None),
+    "shifts": [float, float, float], "classes": [str], "palette": [[int, int, int]]}
+
+
+def fits(value, kind):
+    """Whether value is of a kind as in SETTING_KINDS. A number is one within 1e9: no NaN, and nothing that overflows."""
+    if isinstance(kind, tuple):
+        return any(fits(value, one) for one in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and len(kind) in (1, len(value)) and all(map(fits, value, kind * len(value)))
+    if kind in (int, float):
+        return type(value) in (int, kind) and abs(value) < 1e9
+    return type(value) is kind or type(value) is type(kind) and value == kind
+
+
+def check_settings(config, path, needed=()):
+    """Raises InputError where settings that were read from `path` lack one of those needed, or one is not of its kind."""
+    for name in (*needed, *config):
+        if name not in config or name in SETTING_KINDS and not fits(config[name], SETTING_KINDS[name]):
+            raise InputError(f"{path}: damaged, or of another program: the setting {name} is missing or none that it can be")

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from stego import (BACKBONES, PRESETS, InputError, Stego, linear_probe_loss, load_backbone, lock, one_of, read_tensors,
-                   same_class_rates, save_checkpoint, stego_loss)
+from stego import (BACKBONES, PRESETS, InputError, Stego, check_settings, check_weights, fits, linear_probe_loss,
+                   load_backbone, lock, one_of, read_tensors, same_class_rates, save_checkpoint, stego_loss)
 
 # What holds where neither --preset nor an option says otherwise. The scenes have a preset of their own in stego.py.
 DEFAULTS = dict(
@@ -254,8 +254,9 @@ def run(given, options, name):
     if options.resume:
         try:
             config = {**DEFAULTS, **json.loads((folder / "config.json").read_text())}
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{folder / 'config.json'}: damaged ({error}); start another run") from error
+        check_settings(config, folder / "config.json")
         different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items()
                      if config.get(key) != value]
         if different:
@@ -352,19 +353,30 @@ def run(given, options, name):
         try:
             saved = read_tensors(checkpoint, device)
             first_step = saved["training"]["step"]
+            if type(first_step) is not int or not 0 < first_step <= config["steps"]:
+                raise ValueError(f"step {first_step}")
+            check_weights(saved["model"], checkpoint)
             model.load_state_dict({key: value for key, value in saved["model"].items() if not key.startswith("refit_probe")})
             for name, optimizer in optimizers.items():
-                optimizer.load_state_dict(saved["training"]["optimizers"][name])
+                state = saved["training"]["optimizers"][name]["state"]
+                for moments in state.values():
+                    check_weights(moments, checkpoint)
+                optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+                if any({key: value.shape for key, value in optimizer.state[parameter].items()} != {
+                        "step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+                       for parameter in optimizer.param_groups[0]["params"]):
+                    raise ValueError(f"the optimizer of {name} has another state")
         except (InputError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())  # torch's takes several lines
             raise InputError(f"--resume: {checkpoint} is damaged or of another model ({reason}); delete it, and the run "
                              "begins at step 0") from error
         print(f"resumed at step {first_step}")
     # What was logged after the checkpoint is done again, and so is the health.
-    rows = []
+    rows, columns = [], {"step", "self", "knn", "rand", "cluster", *["linear"] * train.has_labels}
     for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged line
-            rows += [row for row in [json.loads(line)] if row["step"] <= first_step and "self" in row]
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):  # a damaged line
+            rows += [row for row in [json.loads(line)] if row.keys() == columns and fits([*row.values()], [float])
+                     and row["step"] <= first_step]
 
     def write_log(*last):
         if rank == 0:
