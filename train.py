@@ -287,8 +287,8 @@ def run(given, options, name):
                          "more images, a larger --resolution or fewer clusters")
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        held = lock(folder / "lock", f"{folder}: another process is training there; wait for it, or give another --name",
-                    wait=False)  # for as long as this function runs
+        options.held.enter_context(lock(folder / "lock", f"{folder}: another process is training there; wait for it, or give "
+                                        "another --name", wait=False))
         data.write_text(folder / "config.json", json.dumps(config, indent=1))
     options.begun = folder.name  # now there is something to go on with
     print(textwrap.fill(f"{folder} on {device}{f' x {world} processes' * (world > 1)}: "
@@ -482,15 +482,16 @@ def main():
     check(resolve(given), options)
     data.join_processes()
     try:
-        if options.seeds == 1:
-            run(given, options, options.name)
-            return
-        options.name = options.name or data.gathered(run_folder(None, resolve(given)["dataset"], options.resume).name)[0]
-        first, resume, folders = resolve(given)["seed"], options.resume, []
-        for seed in range(first, first + options.seeds):
-            one = f"{options.name}-seed{seed}"
-            options.resume = resume and data.gathered(Path("runs", one, "config.json").is_file())[0]
-            folders.append(run({**given, "seed": seed}, options, one))
+        with contextlib.ExitStack() as options.held:  # the locks of the folders of these runs
+            if options.seeds == 1:
+                run(given, options, options.name)
+                return
+            options.name = options.name or data.gathered(run_folder(None, resolve(given)["dataset"], options.resume).name)[0]
+            first, resume, folders = resolve(given)["seed"], options.resume, []
+            for seed in range(first, first + options.seeds):
+                one = f"{options.name}-seed{seed}"
+                options.resume = resume and data.gathered(Path("runs", one, "config.json").is_file())[0]
+                folders.append(run({**given, "seed": seed}, options, one))
     except KeyboardInterrupt as interruption:
         if not options.begun:
             raise
