@@ -225,8 +225,8 @@ class Directory(Files):
             path = next(path for i, path in enumerate(images) if stems[i] in stems[:i])
             raise InputError(f"{path}: another image has the same name up to its ending, and so the same label; rename one")
         if label_of and not label_of.keys() & set(stems):
-            raise InputError(f"{labels}: no label has the name of an image up to its ending, like {stems[0]}.png; rename them, "
-                             "or do without this folder")
+            raise InputError(f"{labels}: no label has the name of an image up to its ending, like {stems[0]}.png; rename "
+                             "them, or do without this folder")
         names = root / "classes.txt"
         try:
             names = names.read_text("utf-8-sig").split("\n") if names.is_file() else []
@@ -439,7 +439,8 @@ def load_collection(dataset, root, split, n_classes=None):
 
 def listed(bad):
     """What is wrong with some files, the first ten of them, in one sentence."""
-    return f"{len(bad):,} bad file{'s' * (len(bad) > 1)}: {'; '.join(bad[:10])}" + f"; and {len(bad) - 10:,} more" * (len(bad) > 10)
+    more = f"; and {len(bad) - 10:,} more" * (len(bad) > 10)
+    return f"{len(bad):,} bad file{'s' * (len(bad) > 1)}: {'; '.join(bad[:10])}{more}"
 
 
 def check_files(collections, cache_dir, workers, skip_bad=False):

@@ -577,7 +577,7 @@ def predict_folder(model, probe, folder, out, size, palette, names, crf=True):
         try:
             image = photos.image(i)
             if max(image.size) > 65_500:
-                raise InputError(f"{photos.name(i)}: a side of more than 65,500 pixels, at which JPEG, the overlay's format, ends")
+                raise InputError(f"{photos.name(i)}: a side of more than 65,500 pixels, where JPEG, the overlay's format, ends")
         except InputError as error:  # told when the others are done
             bad.append(str(error))
             continue
@@ -929,8 +929,8 @@ def main():
     parser.add_argument("--split", default="val", help="val (default) or train; dev of the scenes; unlabelled_train "
                         "of potsdam")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images and labels that cannot be read")
-    parser.add_argument("--eval-resolution", type=int, help="pixels of the shorter side, rounded to whole patches (default: as "
-                        "in training)")
+    parser.add_argument("--eval-resolution", type=int, help="pixels of the shorter side, rounded to whole patches (default: "
+                        "as in training)")
     parser.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True,
                         help="sharpen with the dense CRF; --no-crf is several times faster")
     modes.add_argument("--baseline", action="store_true", help="also score what needs no head: k-means on the features, on "

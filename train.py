@@ -181,7 +181,7 @@ def fit_batch(config, n, world, given):
     """Makes the batch as small as a collection of n views, unless its size was given. Raises InputError where none fits."""
     size = config["batch_size"]
     if n < 2:
-        raise InputError("one training image has no other to be compared with: give more, or cut it into five with --crop five")
+        raise InputError("one training image has no other to be compared with: give more, or cut it in five with --crop five")
     if size > n and "batch_size" not in given:
         size = config["batch_size"] = n - n % world
         print(f"batch size {size}: there are {n} training views")
