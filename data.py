@@ -621,6 +621,64 @@ def open_map(path, shape, dtype):
         return torch.from_numpy(load_array(path, "r", shape, dtype))
 
 
+def filling(path):
+    """Keeps other runs from making `path`, of a cache, at the same time; where one does, waits for it. To be used in a with."""
+    if process()[0] or path.exists():
+        return contextlib.nullcontext()
+    return lock(f"{path}.lock", f"waiting for another run, which is making {path}")
+
+
+def fill_cache(folder, layout, backbone, collection, size, crop, facet, bfloat16, batch_size, workers, device):
+    """Computes the arrays of `layout`, name -> (shape, dtype), in `<folder>.partial`, which gets its name when all is there."""
+    (rank, world), n_views, partial = process(), 5 if crop == "five" else 1, Path(f"{folder}.partial")
+    if rank == 0 and not (partial / "done.npy").is_file():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            for name, (shape, dtype) in layout.items():
+                np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)
+                if hasattr(os, "posix_fallocate"):  # a map that meets a full disk later would kill the process
+                    with open(partial / f"{name}.npy", "r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
+        except OSError as error:
+            shutil.rmtree(partial)
+            raise InputError(f"{folder.parent}: no room for the features ({error.strerror}); give another disk with "
+                             "--cache-dir, or --features live") from error
+        with replacing(partial / "done.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, np.zeros(len(collection), bool))  # which images are on the disk
+    gathered(None)
+    out = {name: load_array(partial / f"{name}.npy", "r+", *kind) for name, kind in layout.items()}
+    done = load_array(partial / "done.npy", "r+", (len(collection),), bool)
+    todo = gathered(np.flatnonzero(~done))[0][rank::world]
+    n_read, n_saved, saved = 0, 0, time.monotonic()
+    loader = batches(torch.utils.data.Subset(Views(collection, size, crop), todo), batch_size, workers)
+    with tqdm(total=len(collection), initial=int(done.sum()), desc="features", unit="image", disable=rank > 0) as bar:
+        for images, labels in loader:
+            maps = frozen_features(backbone, normalize(images.to(device)), facet, bfloat16)
+            chosen = todo[n_read:n_read + len(images) // n_views]
+            half = maps.half()
+            if not torch.isfinite(half).all():
+                raise InputError(f"{collection.name(chosen[0])} or one of the {len(chosen) - 1} images after it: the "
+                                 "backbone gives features that are no numbers, or too large for float16; are its weights "
+                                 "damaged?")
+            rows = (chosen[:, None] * n_views + np.arange(n_views)).ravel()
+            out["vectors"][rows] = maps.mean((2, 3)).cpu().numpy()
+            if "maps" in out:
+                out["maps"][rows] = half.permute(0, 2, 3, 1).cpu().numpy()
+            if "labels" in out:
+                out["labels"][rows] = labels.numpy()
+            n_read += len(chosen)
+            bar.update(min(len(chosen) * world, bar.total - bar.n))
+            if time.monotonic() - saved > 5 or n_read == len(todo):
+                for array in out.values():
+                    array.flush()
+                done[todo[n_saved:n_read]] = True
+                n_saved, saved = n_read, time.monotonic()
+    gathered(None)
+    if rank == 0:
+        os.replace(partial, folder)
+
+
 def extract_features(backbone, collection, size, crop="none", facet="token", bfloat16=False, cache_dir="cache",
                      mode="auto", cache_gb=100, batch_size=32, workers=2, device="cpu"):
     """Features of all views, from the cache where it has them. Item n is view n % v of image n // v.
@@ -654,59 +712,12 @@ def extract_features(backbone, collection, size, crop="none", facet="token", bfl
     mode = gathered(mode)[0]
     if mode == "live":
         key, layout = f"{key}-vectors", {"vectors": layout["vectors"]}
-    folder, partial = cache_dir / key, cache_dir / f"{key}.partial"
+    folder = cache_dir / key
 
-    if rank == 0 and not folder.is_dir():
-        held = cache_lock(folder)
-    if not gathered(folder.is_dir())[0]:
-        if rank == 0 and not (partial / "done.npy").is_file():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            try:
-                for name, (shape, dtype) in layout.items():
-                    np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)
-                    if hasattr(os, "posix_fallocate"):  # a map that meets a full disk later would kill the process
-                        with open(partial / f"{name}.npy", "r+b") as file:
-                            os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
-            except OSError as error:
-                shutil.rmtree(partial)
-                raise InputError(f"{cache_dir}: no room for the features ({error.strerror}); give another disk with "
-                                 "--cache-dir, or --features live") from error
-            with replacing(partial / "done.npy") as temporary, open(temporary, "wb") as file:
-                np.save(file, np.zeros(len(collection), bool))  # which images are on the disk
-        gathered(None)
-        out = {name: load_array(partial / f"{name}.npy", "r+", *kind) for name, kind in layout.items()}
-        done = load_array(partial / "done.npy", "r+", (len(collection),), bool)
-        todo = gathered(np.flatnonzero(~done))[0][rank::world]
-        n_read, n_saved, saved = 0, 0, time.monotonic()
-        loader = batches(torch.utils.data.Subset(Views(collection, size, crop), todo), batch_size, workers)
-        with tqdm(total=len(collection), initial=int(done.sum()), desc="features", unit="image", disable=rank > 0) as bar:
-            for images, labels in loader:
-                maps = frozen_features(backbone, normalize(images.to(device)), facet, bfloat16)
-                chosen = todo[n_read:n_read + len(images) // n_views]
-                half = maps.half()
-                if not torch.isfinite(half).all():
-                    raise InputError(f"{collection.name(chosen[0])} or one of the {len(chosen) - 1} images after it: the "
-                                     "backbone gives features that are no numbers, or too large for float16; are its weights "
-                                     "damaged?")
-                rows = (chosen[:, None] * n_views + np.arange(n_views)).ravel()
-                out["vectors"][rows] = maps.mean((2, 3)).cpu().numpy()
-                if "maps" in out:
-                    out["maps"][rows] = half.permute(0, 2, 3, 1).cpu().numpy()
-                if "labels" in out:
-                    out["labels"][rows] = labels.numpy()
-                n_read += len(chosen)
-                bar.update(min(len(chosen) * world, bar.total - bar.n))
-                if time.monotonic() - saved > 5 or n_read == len(todo):
-                    for array in out.values():
-                        array.flush()
-                    done[todo[n_saved:n_read]] = True
-                    n_saved, saved = n_read, time.monotonic()
-        gathered(None)
-        if rank == 0:
-            os.replace(partial, folder)
-            held.close()
-        gathered(None)
+    with filling(folder):
+        if not gathered(folder.is_dir())[0]:
+            fill_cache(folder, layout, backbone, collection, size, crop, facet, bfloat16, batch_size, workers, device)
+            gathered(None)
 
     opened = {name: open_map(folder / f"{name}.npy", *kind) for name, kind in layout.items()}
     if mode != "live":
@@ -724,11 +735,6 @@ def extract_features(backbone, collection, size, crop="none", facet="token", bfl
 
     return Features(Live((n, D, side, side), maps), opened["vectors"],
                     Live((n, size, size), functools.partial(view, 1)) if collection.has_labels else None, folder)
-
-
-def cache_lock(folder):
-    """A lock for the one process that fills the cache `folder`, whose lock file lies beside it. Waits for others."""
-    return lock(f"{folder}.lock", f"waiting for another run, which is filling {folder}")
 
 
 def write_text(path, text):
@@ -758,18 +764,16 @@ def nearest_neighbors(vectors, k, rows=slice(None)):
 def cached_neighbors(features, k, device="cpu"):
     """nearest_neighbors of the features' vectors, computed once and kept beside them. Each process computes its rows."""
     path = features.folder / f"neighbors_{k}.npy"
-    if process()[0] == 0 and not path.is_file():
-        held = cache_lock(features.folder)
-    if not gathered(path.is_file())[0]:
-        rank, world = process()
-        n = len(features.vectors)
-        rows = slice(n * rank // world, n * (rank + 1) // world)
-        neighbors = torch.cat(gathered(nearest_neighbors(features.vectors.to(device), k, rows)))
-        if rank == 0:
-            with replacing(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, neighbors.numpy())
-            held.close()
-        gathered(None)
+    with filling(path):
+        if not gathered(path.is_file())[0]:
+            rank, world = process()
+            n = len(features.vectors)
+            rows = slice(n * rank // world, n * (rank + 1) // world)
+            neighbors = torch.cat(gathered(nearest_neighbors(features.vectors.to(device), k, rows)))
+            if rank == 0:
+                with replacing(path) as temporary, open(temporary, "wb") as file:
+                    np.save(file, neighbors.numpy())
+            gathered(None)
     neighbors = open_map(path, (len(features.vectors), k), np.int64)
     if not 0 <= neighbors.min() <= neighbors.max() < len(features.vectors):
         raise InputError(f"{path}: damaged (there is no such neighbour); delete it, and the next run finds them again")

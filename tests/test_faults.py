@@ -171,12 +171,12 @@ HOLD = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcnt
 @contextlib.contextmanager
 def locked_by_another(path, seconds=60.0, then=lambda: None):
     """Another process holds the lock `path`, and is killed after so many seconds, once `then` was called."""
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE)
-    holder.stdout.readline()
-    killer = threading.Timer(seconds, lambda: (then(), holder.kill()))
-    killer.start()
-    yield
-    killer.cancel(), holder.kill(), holder.wait()
+    with subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        killer = threading.Timer(seconds, lambda: (then(), holder.kill()))
+        killer.start()
+        yield
+        killer.cancel(), holder.kill()
 
 
 def test_a_second_run_in_the_folder_of_a_live_one_is_refused_and_of_a_dead_one_not(workplace, monkeypatch):
@@ -198,9 +198,9 @@ def test_a_run_waits_for_another_that_fills_its_cache_and_then_reads_it(workplac
     found = folder / "neighbors_3.npy"
     found.rename("ready.npy")
     monkeypatch.setattr(data, "nearest_neighbors", lambda *_: pytest.fail("computed"))
-    with locked_by_another(f"{folder}.lock", 0.3, then=lambda: Path("ready.npy").rename(found)):
+    with locked_by_another(f"{found}.lock", 0.3, then=lambda: Path("ready.npy").rename(found)):
         assert torch.equal(data.cached_neighbors(features, 3), expected)
-    assert capsys.readouterr().out.count(f"waiting for another run, which is filling {folder}") == 2
+    assert capsys.readouterr().out.count(f"waiting for another run, which is making {folder}") == 2
 
 
 def test_a_run_waits_for_another_that_downloads_its_weights(workplace, monkeypatch, capsys):
