@@ -457,7 +457,10 @@ def check_files(collections, cache_dir, workers, skip_bad=False):
         path = Path(cache_dir) / f"{digest}.checked.json"
         try:
             todo, pixels = json.loads(path.read_text())
-        except (OSError, ValueError, TypeError):
+            if not (set(todo) <= set(range(len(collection))) and len(pixels) == VOID + 2
+                    and all(type(n) is int and 0 <= n < 2 ** 60 for n in todo + pixels)):
+                raise ValueError
+        except (OSError, ValueError, TypeError, RecursionError):  # not there, or damaged
             todo, pixels = list(range(len(collection))), [0] * (VOID + 2)
         todo, pixels = gathered((todo, pixels))[0]
         wrong, counted, mine = {}, np.zeros(VOID + 2, np.int64), todo[rank::world]

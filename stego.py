@@ -695,6 +695,7 @@ def lock(path, sentence, wait=True):
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 return file  # a file system without locks
             if not wait:
+                file.close()
                 raise InputError(sentence) from None
             print(sentence, flush=True)
             fcntl.lockf(file, fcntl.LOCK_EX)
