@@ -117,7 +117,7 @@ def suffer(lives, seed):
                 command = shlex.split(last)[6:]
                 assert "--resume" in command
                 if stage[1] == "forward":  # the step under way was finished
-                    assert torch.load(folder / "checkpoint.pt", weights_only=True)["training"]["step"] % 10
+                    assert torch.load(folder / "checkpoint.pt", weights_only=True)["training"]["step"] > 0
             if kind == "no room":
                 assert last.startswith("error: ") and "File too large" in last, last
                 assert {"extract_features": "cache", "save_checkpoint": "checkpoint.pt", "report": ".png"}[stage[1]] in last

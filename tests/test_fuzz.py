@@ -215,7 +215,6 @@ def images(folder):
     rgb.save(folder / "a.webp", exif=exif)
     for compression in ("raw", "tiff_lzw", "jpeg", "tiff_adobe_deflate"):
         rgb.save(folder / f"{compression}.tif", compression=compression)
-    Image.fromarray(pixels[..., 0].astype(np.float32)).save(folder / "float.tif")
 
     def read(path):
         image = data.read_image(path)
@@ -300,7 +299,7 @@ def small_run(folder):
     torch.save(stego.VisionTransformer(4, 16, 1, 1, image_size=8).state_dict(), "vit.pth")
     for i in range(3):
         Path("imgs").mkdir(exist_ok=True)
-        Image.effect_noise((8, 8), 90).convert("RGB").save(f"imgs/{i}.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)).save(f"imgs/{i}.png")
     main(train, "--data-root imgs --num-classes 2 --backbone vit.pth --resolution 8 --eval-resolution 8 --code-dim 3 "
          "--batch-size 2 --steps 3 --log-every 1 --no-crf --name t --device cpu --workers 0")
 
@@ -325,8 +324,9 @@ def checkpoints(folder):
 def runs(folder):
     """All of a run's folder, and of its cache, that a later command reads."""
     small_run(folder)
-    home, cache = folder / "runs/t", next((folder / "cache").iterdir())
-    valid = {path.name: path.read_bytes() for path in [*home.iterdir(), *cache.iterdir()]
+    home, cache = folder / "runs/t", next((folder / "cache").glob("*/maps.npy")).parent
+    checked = next(cache.parent.glob("*.checked.json"))
+    valid = {path.name: path.read_bytes() for path in [*home.iterdir(), *cache.iterdir(), checked]
              if path.suffix in (".json", ".jsonl", ".pt", ".npy")}
     done = io.BytesIO()
     np.save(done, np.array([True, True, False]))
@@ -344,10 +344,9 @@ def runs(folder):
     def read(path):
         shutil.rmtree(cache.parent)
         cache.mkdir(parents=True)
-        for name, content in valid.items():
-            (home if (home / name).exists() else cache).joinpath(name).write_bytes(content)
-        target = (home if (home / path.name).exists() else cache) / path.name
-        target.write_bytes(path.read_bytes())
+        for name, content in {**valid, path.name: path.read_bytes()}.items():
+            place = cache.parent if name == checked.name else home if (home / name).exists() else cache
+            (place / name).write_bytes(content)
         if path.name == "done.npy":  # of an extraction that was interrupted
             cache.rename(f"{cache}.partial")
         if path.name in ("scores.json", "config.json"):
@@ -367,6 +366,7 @@ KINDS = {kind.__name__: kind for kind in (images, labels, mats, lists, weights, 
 def fuzz(kind, folder, seed, count):
     """Reads `count` damaged files. Returns how many were read, how many refused, and what else came of some."""
     folder.mkdir()
+    torch.manual_seed(0)
     read = KINDS[kind](folder)
     seeds = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file() and path.name != "vit.pth"}
     found = {"read": 0, "refused": 0, "failures": []}

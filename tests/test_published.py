@@ -339,7 +339,7 @@ def test_a_backbone_is_downloaded_once_and_its_sha256_printed(server, capsys):
     stego.load_backbone("remote")
     digest = hashlib.sha256(server.file.read_bytes()).hexdigest()
     assert server.requests == 1 and digest in capsys.readouterr().out
-    assert os.listdir(server.file.parent) == ["vit.pth"]
+    assert sorted(os.listdir(server.file.parent)) == ["vit.pth", "vit.pth.lock"]
 
 
 @pytest.mark.parametrize("answer", ["half", "error page"])
@@ -350,7 +350,7 @@ def test_a_download_that_went_wrong_is_not_kept(answer, server):
     assert not server.file.exists()
     server.answer = "whole"
     assert stego.load_backbone("remote").patch_size == 14
-    assert os.listdir(server.file.parent) == ["vit.pth"]
+    assert sorted(os.listdir(server.file.parent)) == ["vit.pth", "vit.pth.lock"]
 
 
 def test_a_broken_file_in_the_cache_is_named(server):
