@@ -117,7 +117,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 def test_no_pickle_ends_the_process_or_fills_its_memory(tmp_path):
     paths = []
     for i, pickled in enumerate(PICKLES):
-        for first in (b"\x80\x04", b"\x80\x04cargparse\nNamespace\n)R0"):  # the latter torch.load leaves to read_records
+        for first in (b"\x80\x04", b"\x80\x04cargparse\nNamespace\n)R0"):
             paths += [tmp_path / f"{i}{len(first)}.pt", tmp_path / f"{i}{len(first)}-old.pt"]
             write_zip(paths[-2], first + pickled)
             old = io.BytesIO()
