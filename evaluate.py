@@ -348,10 +348,12 @@ def crf_pool(workers):
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # read by the children when they start; this process has long read its own
     pool = ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn"), initializer=follow_parent)
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what started like this ignores Ctrl-C: it ends with us
+    if masks := hasattr(signal, "pthread_sigmask"):  # not on Windows. The processes never see Ctrl-C: they end with this one
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     for _ in range(workers):
         pool.submit(int)  # starts a process
-    signal.signal(signal.SIGINT, on_interrupt)
+    if masks:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return pool
 
 

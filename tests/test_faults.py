@@ -105,7 +105,9 @@ def suffer(lives, seed):
             arguments = command or [*SETTINGS, "--name", name, *["--resume"] * (folder / "config.json").is_file()]
             if fault == signal.SIGINT:  # Python drops a Ctrl-C that arrives in the instant when a worker is forked
                 arguments += ["--workers", "0"]
-            status, out = forked(arguments, stage, fault, occurrence, 10 ** draw.uniform(-4, -0.5))
+            # a kill may come late, when the stage is done; an interruption must not, or the run ends before it
+            delay = 10 ** draw.uniform(-4, -0.5 if fault == signal.SIGKILL else -2)
+            status, out = forked(arguments, stage, fault, occurrence, delay)
             kind = "killed" if status == -signal.SIGKILL else {130: "interrupted", 2: "no room", 0: "ended"}[status]
             counts[f"{stage[1]} {kind}"] = counts.get(f"{stage[1]} {kind}", 0) + 1
             for place in (Path("runs"), Path("cache")):
