@@ -29,6 +29,7 @@ As pydensecrf, whose results it equals to rounding: the term j = i stays in the 
 One call keeps one core busy: for many images run one process a core, each with one BLAS thread.
 """
 import functools
+import itertools
 
 import numpy as np
 
@@ -218,7 +219,7 @@ class _Kernel:
         self.point[self.place] = np.arange(n_points)
         row = np.append(0, self._plan_blur(keys, radix, self._plan_sums(np.concatenate([run[2] for run in self.runs]))))
         self.runs = [(lo, hi, row[columns], blocks) for lo, hi, columns, blocks in self.runs]
-        self.n_buffer = max(max(run[1] - run[0], len(run[2])) for run in self.runs + self.sums + sum(self.axes, []))
+        self.n_buffer = max(max(run[1] - run[0], len(run[2])) for run in itertools.chain(self.runs, self.sums, *self.axes))
 
         *scratch, (norm,) = _buffers([self], 1)
         self.filter(np.ones((n_points, 1), np.float32), *scratch, norm)  # K 1

@@ -8,16 +8,16 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import importlib
 import json
 import os
 import re
 import shutil
-import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ def join_processes():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                 timeout=datetime.timedelta(days=1))
         if dist.get_rank():  # the first speaks for all
-            sys.stdout = open(os.devnull, "w")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def process():
@@ -322,7 +322,7 @@ class Published(Files):
         layout = LAYOUTS[dataset]
         if split not in layout.lists:
             raise InputError(f"--split {split}: {dataset} has {', '.join(layout.lists)}")
-        anything = dict(split="{train,val}", id=layout.id if layout.id == "*/*" else "*")
+        anything = {"split": "{train,val}", "id": layout.id if layout.id == "*/*" else "*"}
         needed = [layout.image.format(**anything), layout.label.format(**anything), *filter(None, layout.lists.values())]
         needs = (f"--dataset {dataset} needs --data-root FOLDER with {', '.join(needed)} in it or in its folder "
                  f"{layout.folder}; {layout.source}")
@@ -335,7 +335,7 @@ class Published(Files):
             root = root / layout.folder
         if layout.image.endswith(".mat"):
             try:
-                import scipy.io  # missed here, once, and not in every image
+                importlib.import_module("scipy.io")  # missed here, once, and not in every image
             except ImportError as error:
                 raise InputError(f"--dataset {dataset}: its .mat files take scipy to read: pip install scipy") from error
 
@@ -370,7 +370,7 @@ class Scenes:
     Splits: train; val, scored once at the end; dev, labelled too, for every choice that somebody makes.
     """
 
-    FIRST_SEED = {"train": 0, "dev": 1_000_000, "val": 2_000_000}
+    FIRST_SEED: ClassVar = {"train": 0, "dev": 1_000_000, "val": 2_000_000}
     has_labels, root = True, "scenes"
     draw = staticmethod(functools.lru_cache(maxsize=1)(scenes.draw_scene))  # an image and its label are one drawing
 
@@ -625,7 +625,7 @@ def open_map(path, shape, dtype):
 
 
 def filling(path):
-    """Keeps other runs from making `path`, of a cache, at the same time; where one does, waits for it. To be used in a with."""
+    """Keeps other runs from making `path`, of a cache, while the body of a with does; where one does so, waits for it."""
     if process()[0] or path.exists():
         return contextlib.nullcontext()
     return lock(f"{path}.lock", f"waiting for another run, which is making {path}")
@@ -661,9 +661,8 @@ def fill_cache(folder, layout, backbone, collection, size, crop, facet, bfloat16
             chosen = todo[n_read:n_read + len(images) // n_views]
             half = maps.half()
             if not torch.isfinite(half).all():
-                raise InputError(f"{collection.name(chosen[0])} or one of the {len(chosen) - 1} images after it: the "
-                                 "backbone gives features that are no numbers, or too large for float16; are its weights "
-                                 "damaged?")
+                raise InputError(f"{collection.name(chosen[0])} or one of the {len(chosen) - 1} images after it: the backbone "
+                                 "gives features that are no numbers, or too large for float16; are its weights damaged?")
             rows = (chosen[:, None] * n_views + np.arange(n_views)).ravel()
             out["vectors"][rows] = maps.mean((2, 3)).cpu().numpy()
             if "maps" in out:
@@ -693,8 +692,7 @@ def extract_features(backbone, collection, size, crop="none", facet="token", bfl
     with the images that are not done. Of several processes each extracts its share. Another run that fills the same
     cache is waited for. Raises InputError for bad images and a full disk.
     """
-    rank, world = process()
-    n_views = 5 if crop == "five" else 1
+    rank, n_views = process()[0], 5 if crop == "five" else 1
     n, D, side = len(collection) * n_views, backbone.embed_dim, size // backbone.patch_size
     # maps channels last: as the ViT gives them, and several times faster to sample
     layout = {"vectors": ((n, D), np.float32), "maps": ((n, side, side, D), np.float16)}

@@ -10,6 +10,7 @@ whole data set, and only then scored. The linear probe is read as it is.
 """
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -31,8 +32,19 @@ from tqdm import tqdm
 
 import data
 from crf import dense_crf
-from stego import (VOID, ClusterProbe, InputError, check_settings, correlation, feature_correspondence, linear_probe_loss,
-                   load_checkpoint, random_vectors, replacing, sample)
+from stego import (
+    VOID,
+    ClusterProbe,
+    InputError,
+    check_settings,
+    correlation,
+    feature_correspondence,
+    linear_probe_loss,
+    load_checkpoint,
+    random_vectors,
+    replacing,
+    sample,
+)
 
 RAW, ONLINE, REFIT, LINEAR = "k-means on features", "cluster probe", "k-means on codes", "linear probe"  # table rows
 
@@ -392,7 +404,7 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
     try:
         indices = iter(mine)
         views = data.batches(torch.utils.data.Subset(data.Views(collection, size), mine), batch_size, workers)
-        for images, labels in tqdm(views, total=-(-len(mine) // batch_size), desc="evaluate", unit="batch", disable=rank > 0):
+        for images, labels in tqdm(views, "evaluate", -(-len(mine) // batch_size), unit="batch", disable=rank > 0):
             maps = dict(zip(("features", "codes"), flip_averaged(model, data.normalize(images.to(device)))))
             read = {name: maps[source] if source in maps else source(maps["features"])
                     for name, (_, source) in probes.items()}
@@ -412,7 +424,7 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
         if pool:
             pool.shutdown(cancel_futures=True)
     confusions = {name: sum(data.gathered(confusion)) for name, confusion in confusions.items()}
-    return confusions, sorted(sum(data.gathered(samples), []), key=lambda sample: sample["index"])
+    return confusions, sorted(itertools.chain(*data.gathered(samples)), key=lambda sample: sample["index"])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -579,7 +591,7 @@ def predict_folder(model, probe, folder, out, size, palette, names, crf=True):
         try:
             image = photos.image(i)
             if max(image.size) > 65_500:
-                raise InputError(f"{photos.name(i)}: a side of more than 65,500 pixels, where JPEG, the overlay's format, ends")
+                raise InputError(f"{photos.name(i)}: a side of more than 65,500 pixels, and so too long for the overlay, a JPEG")
         except InputError as error:  # told when the others are done
             bad.append(str(error))
             continue
@@ -893,7 +905,7 @@ def check_limits(values, limits):
 
 
 def default_workers():
-    return max(1, min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # set by torchrun
+    return max(1, min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))  # set by torchrun
 
 
 def run(main):

@@ -30,8 +30,8 @@ import zipfile
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as nnf  # so that F can be the paper's F
+from torch import nn
 
 try:
     import fcntl
@@ -54,24 +54,28 @@ BACKBONES = {  # name -> address or file of the weights
 # The settings of the paper's results, checked against the configurations stored in the authors' released checkpoints.
 # code_dim is the paper's K; center is the spatial centring of F. "scenes" is the embedded default, ours.
 PRESETS = {
-    "scenes": dict(
-        dataset="scenes", backbone="vit_tiny_scenes", resolution=128, eval_resolution=128, crop="none",
-        code_dim=70, batch_size=16, steps=400, center=False,
-        lambda_self=1.0, lambda_knn=0.577453483136995, lambda_rand=0.9058762625226623,  # Cityscapes ViT-B's, as below
-        b_self="auto", b_knn="auto", b_rand="auto"),
-    "cocostuff27-vitb8": dict(
-        dataset="cocostuff27", backbone="dino_vitb8", crop="five", code_dim=90, batch_size=32, steps=7000, center=True,
-        lambda_self=0.1, lambda_knn=1.0, lambda_rand=0.1538476246415498, b_self=0.12, b_knn=0.2, b_rand=1.0),
-    "cocostuff27-vits8": dict(
-        dataset="cocostuff27", backbone="dino_vits8_300ep", crop="five", code_dim=70, batch_size=16, steps=5000, center=True,
-        lambda_self=0.67, lambda_knn=0.25, lambda_rand=0.63, b_self=0.08, b_knn=0.02, b_rand=0.66),
-    "cityscapes-vitb8": dict(
-        dataset="cityscapes", backbone="dino_vitb8", crop="five", code_dim=100, batch_size=32, steps=7000, center=False,
-        lambda_self=1.0, lambda_knn=0.577453483136995, lambda_rand=0.9058762625226623,
-        b_self=0.45828472207, b_knn=0.1754346515479633, b_rand=0.31361241889448443),
-    "potsdam-vits8": dict(
-        dataset="potsdam", backbone="dino_vits8_300ep", crop="none", code_dim=70, batch_size=16, steps=5000, center=True,
-        lambda_self=0.67, lambda_knn=0.25, lambda_rand=0.63, b_self=0.08, b_knn=0.02, b_rand=0.76),
+    "scenes": {
+        "dataset": "scenes", "backbone": "vit_tiny_scenes", "resolution": 128, "eval_resolution": 128, "crop": "none",
+        "code_dim": 70, "batch_size": 16, "steps": 400, "center": False,
+        "lambda_self": 1.0, "lambda_knn": 0.577453483136995, "lambda_rand": 0.9058762625226623,  # those of cityscapes-vitb8
+        "b_self": "auto", "b_knn": "auto", "b_rand": "auto"},
+    "cocostuff27-vitb8": {
+        "dataset": "cocostuff27", "backbone": "dino_vitb8", "crop": "five",
+        "code_dim": 90, "batch_size": 32, "steps": 7000, "center": True,
+        "lambda_self": 0.1, "lambda_knn": 1.0, "lambda_rand": 0.1538476246415498, "b_self": 0.12, "b_knn": 0.2, "b_rand": 1.0},
+    "cocostuff27-vits8": {
+        "dataset": "cocostuff27", "backbone": "dino_vits8_300ep", "crop": "five",
+        "code_dim": 70, "batch_size": 16, "steps": 5000, "center": True,
+        "lambda_self": 0.67, "lambda_knn": 0.25, "lambda_rand": 0.63, "b_self": 0.08, "b_knn": 0.02, "b_rand": 0.66},
+    "cityscapes-vitb8": {
+        "dataset": "cityscapes", "backbone": "dino_vitb8", "crop": "five",
+        "code_dim": 100, "batch_size": 32, "steps": 7000, "center": False,
+        "lambda_self": 1.0, "lambda_knn": 0.577453483136995, "lambda_rand": 0.9058762625226623,
+        "b_self": 0.45828472207, "b_knn": 0.1754346515479633, "b_rand": 0.31361241889448443},
+    "potsdam-vits8": {
+        "dataset": "potsdam", "backbone": "dino_vits8_300ep", "crop": "none",
+        "code_dim": 70, "batch_size": 16, "steps": 5000, "center": True,
+        "lambda_self": 0.67, "lambda_knn": 0.25, "lambda_rand": 0.63, "b_self": 0.08, "b_knn": 0.02, "b_rand": 0.76},
 }
 
 
@@ -395,7 +399,7 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
     points_a, points_b = (2 * torch.rand(N, n_points, n_points, 2, device=device) - 1 for _ in range(2))
     f_a, s_a = sample(features, points_a), sample(codes, points_a)
     f_b, s_b = sample(features_knn, points_b), sample(codes_knn, points_b)
-    switches = dict(center=center, zero_clamp=zero_clamp, stabilize=stabilize)
+    switches = {"center": center, "zero_clamp": zero_clamp, "stabilize": stabilize}
 
     loss_self = correspondence_loss(f_a, f_a, s_a, s_a, shifts[0], **switches)[0].mean()
     loss_knn = correspondence_loss(f_a, f_b, s_a, s_b, shifts[1], **switches)[0].mean()
@@ -649,24 +653,23 @@ def replacing(path):
         Path(temporary).unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
 def lock(path, sentence, wait=True):
-    """Locks `path`, a file for nothing else, against other processes, until the returned file is closed or this one dies.
+    """Locks `path`, a file for nothing else, against other processes for the body of a with, or until this process dies.
 
     Where another holds it, prints the sentence and waits, or raises it as InputError.
     """
-    file = open(path, "w")
-    if fcntl:
+    with open(path, "w") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in the workers of a killed process
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in the workers of a killed process
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return file  # a file system without locks
-            if not wait:
-                file.close()
-                raise InputError(sentence) from None
-            print(sentence, flush=True)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-    return file
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # otherwise: a file system without locks
+                if not wait:
+                    raise InputError(sentence) from None
+                print(sentence, flush=True)
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def download(url):
@@ -710,11 +713,12 @@ def save_checkpoint(path, model, config, **training):
 
 # Settings under their names here and in the authors' configs/train_config.yml. theirs: pos_intra is the image itself,
 # pos_inter a nearest neighbour, neg_inter the other images.
-AUTHORS_SETTINGS = dict(
-    dataset="dataset_name", crop="crop_type", resolution="res", code_dim="dim", batch_size="batch_size", steps="max_steps",
-    lr="lr", neighbors="num_neighbors", center="pointwise", zero_clamp="zero_clamp", stabilize="stabalize",
-    lambda_self="pos_intra_weight", lambda_knn="pos_inter_weight", lambda_rand="neg_inter_weight",
-    b_self="pos_intra_shift", b_knn="pos_inter_shift", b_rand="neg_inter_shift")
+AUTHORS_SETTINGS = {
+    "dataset": "dataset_name", "crop": "crop_type", "resolution": "res", "code_dim": "dim",
+    "batch_size": "batch_size", "steps": "max_steps", "lr": "lr", "neighbors": "num_neighbors",
+    "center": "pointwise", "zero_clamp": "zero_clamp", "stabilize": "stabalize",
+    "lambda_self": "pos_intra_weight", "lambda_knn": "pos_inter_weight", "lambda_rand": "neg_inter_weight",
+    "b_self": "pos_intra_shift", "b_knn": "pos_inter_shift", "b_rand": "neg_inter_shift"}
 AUTHORS_WEIGHTS = {"net.model.": "backbone.", "net.cluster1.0.": "head.linear.", "net.cluster2.": "head.nonlinear.",
                    "linear_probe.": "linear_probe.", "cluster_probe.clusters": "cluster_probe.centroids"}
 

@@ -29,24 +29,39 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from stego import (BACKBONES, PRESETS, InputError, Stego, check_settings, check_weights, fits, linear_probe_loss,
-                   load_backbone, lock, one_of, read_tensors, same_class_rates, save_checkpoint, stego_loss)
+from stego import (
+    BACKBONES,
+    PRESETS,
+    InputError,
+    Stego,
+    check_settings,
+    check_weights,
+    fits,
+    linear_probe_loss,
+    load_backbone,
+    lock,
+    one_of,
+    read_tensors,
+    same_class_rates,
+    save_checkpoint,
+    stego_loss,
+)
 
 # What holds where neither --preset nor an option says otherwise. The scenes have a preset of their own in stego.py.
-DEFAULTS = dict(
+DEFAULTS = {
     # data
-    dataset="directory", data_root=None, num_classes=None, skip_bad=False, crop="none",
-    resolution=224, eval_resolution=320,  # pixels of the square view; rounded to whole patches
+    "dataset": "directory", "data_root": None, "num_classes": None, "skip_bad": False, "crop": "none",
+    "resolution": 224, "eval_resolution": 320,  # pixels of the square view; rounded to whole patches
     # model
-    backbone="dino_vits8", facet="token", code_dim=70, dropout=0.1,
-    precision="auto",  # of the frozen backbone; the rest is float32
-    num_clusters=None,  # one for each class
+    "backbone": "dino_vits8", "facet": "token", "code_dim": 70, "dropout": 0.1,
+    "precision": "auto",  # of the frozen backbone; the rest is float32
+    "num_clusters": None,  # one for each class
     # objective: weights of the paper's Cityscapes model; shifts from the share of pairs that attract, which is estimated
-    lambda_self=1.0, lambda_knn=0.577453483136995, lambda_rand=0.9058762625226623,
-    b_self="auto", b_knn="auto", b_rand="auto", same_class=None,
-    center=False, zero_clamp=True, stabilize=False, neighbors=7,
+    "lambda_self": 1.0, "lambda_knn": 0.577453483136995, "lambda_rand": 0.9058762625226623,
+    "b_self": "auto", "b_knn": "auto", "b_rand": "auto", "same_class": None,
+    "center": False, "zero_clamp": True, "stabilize": False, "neighbors": 7,
     # run
-    batch_size=16, steps=2000, lr=5e-4, probe_lr=5e-3, seed=0, crf=True)
+    "batch_size": 16, "steps": 2000, "lr": 5e-4, "probe_lr": 5e-3, "seed": 0, "crf": True}
 
 # What each number may be, from the first on and below the second.
 LIMITS = dict(
@@ -132,7 +147,8 @@ def parse_args():
     for key in ("data_root", "backbone"):  # a run can be resumed and evaluated from another folder
         if os.path.exists(given.get(key, "")) and given[key] not in BACKBONES:
             given[key] = os.path.abspath(given[key])
-    names = "begun name seeds resume features cache_gb cache_dir device workers checkpoint_every log_every".split()
+    names = ("begun", "name", "seeds", "resume", "features", "cache_gb", "cache_dir", "device", "workers",
+             "checkpoint_every", "log_every")
     options = argparse.Namespace(**{name: given.pop(name, None) for name in names})
     return given, options
 
@@ -154,7 +170,9 @@ def resolve(given):
 
 def run_folder(name, dataset, resume):
     """runs/<name>, or runs/<dataset> with the first number that is free; to resume, the last that is not."""
-    taken = lambda folder: (folder / "config.json").is_file()
+    def taken(folder):
+        return (folder / "config.json").is_file()
+
     if name:
         folder = Path("runs") / name
         if taken(folder) and not resume:
@@ -320,7 +338,7 @@ def run(given, options, name):
         optimizers["linear_probe"] = torch.optim.Adam(model.linear_probe.parameters(), lr=config["probe_lr"])
 
     # ---- shifts: the feature correspondence above which a pair attracts ----
-    pair_options = dict(device=device, center=config["center"], dropout=config["dropout"], seed=config["seed"])
+    pair_options = {"device": device, "center": config["center"], "dropout": config["dropout"], "seed": config["seed"]}
     if "shifts" not in config:  # a resumed run keeps them
         given_shifts = [config["b_self"], config["b_knn"], config["b_rand"]]
         if config["same_class"] or "auto" in given_shifts:
@@ -357,15 +375,15 @@ def run(given, options, name):
                 raise ValueError(f"step {first_step}")
             check_weights(saved["model"], checkpoint)
             model.load_state_dict({key: value for key, value in saved["model"].items() if not key.startswith("refit_probe")})
-            for name, optimizer in optimizers.items():
-                state = saved["training"]["optimizers"][name]["state"]
+            for part, optimizer in optimizers.items():
+                state = saved["training"]["optimizers"][part]["state"]
                 for moments in state.values():
                     check_weights(moments, checkpoint)
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
                 if any({key: value.shape for key, value in optimizer.state[parameter].items()} != {
                         "step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
                        for parameter in optimizer.param_groups[0]["params"]):
-                    raise ValueError(f"the optimizer of {name} has another state")
+                    raise ValueError(f"the optimizer of {part} has another state")
         except (InputError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())  # torch's takes several lines
             raise InputError(f"--resume: {checkpoint} is damaged or of another model ({reason}); delete it, and the run "
@@ -408,7 +426,7 @@ def run(given, options, name):
     bar = tqdm(range(first_step, config["steps"]), initial=first_step, total=config["steps"], desc="train", unit="step",
                disable=rank > 0)
     # Reads the next batch while a step is computed; on a CPU more than one thread would take the step's cores.
-    quiet = dict(initializer=torch.set_num_threads, initargs=(1,)) if isinstance(features.maps, torch.Tensor) else {}
+    quiet = {"initializer": torch.set_num_threads, "initargs": (1,)} if isinstance(features.maps, torch.Tensor) else {}
     with ThreadPoolExecutor(1, **quiet) as ahead, interruptions() as seen:
         following = ahead.submit(read, first_step)
         for step in bar:

@@ -186,7 +186,8 @@ def test_a_second_run_in_the_folder_of_a_live_one_is_refused_and_of_a_dead_one_n
     with locked_by_another("runs/t/lock"), pytest.raises(stego.InputError, match="runs/t: another process"):
         train_here(monkeypatch, "--data-root", "images", "--name", "t", *SMALL)
     assert not Path("runs/t/config.json").exists()
-    stego.lock("runs/t/lock", "nobody holds it", wait=False).close()
+    with stego.lock("runs/t/lock", "nobody holds it", wait=False):
+        pass
 
 
 def test_a_run_waits_for_another_that_fills_its_cache_and_then_reads_it(workplace, monkeypatch, capsys):
