@@ -920,6 +920,10 @@ def run(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: the GPU's memory is full ({str(error).splitlines()[0]}); give a smaller --resolution, --eval-resolution "
+              "or --batch-size, or --device cpu", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:  # a full disk, a missing permission; without a file it is none of those
         if error.filename is None:
             raise
