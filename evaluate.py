@@ -741,12 +741,12 @@ def _axis(values):
     return low, high, min(marks, key=lambda m: abs(len(m) - 4.5)) + 0.0  # + 0.0: no "-0"
 
 
-def draw_curves(path, plots, x_label, colours=((0, 114, 178), (213, 94, 0)), marks={}, mark_name=""):
+def draw_curves(path, plots, x_label, colours=((0, 114, 178), (213, 94, 0)), marks=(), mark_name=""):
     """Save line plots, up to three side by side, as PNG.
 
     plots: dict of title -> {name of line: (x, y)}, two equally long lists of numbers; points that are not finite are left
-    out; every plot has the same names. colours: of the lines, Okabe and Ito's blue and vermilion. marks: dict of title -> x,
-    where a dashed line called mark_name stands.
+    out; every plot has the same names. colours: of the lines, Okabe and Ito's blue and vermilion. marks: an x for each
+    plot, where a dashed line called mark_name stands, or none.
     """
     colours = dict(zip(next(iter(plots.values())), colours))
     wide, high, pad, sharp = 330, 190, 20, 3  # plots are drawn `sharp` times larger, then reduced
@@ -780,15 +780,17 @@ def draw_curves(path, plots, x_label, colours=((0, 114, 178), (213, 94, 0)), mar
             pen.line(line.ravel().tolist(), colours[name], 5, joint="curve")
             if len(line) == 1:
                 pen.ellipse((*(line[0] - 9), *(line[0] + 9)), colours[name])
-        if title in marks:
-            at = (marks[title] - x0) / (x1 - x0) * wide * sharp
+        for mark in marks[i:i + 1]:
+            at = (mark - x0) / (x1 - x0) * wide * sharp
             for y in range(0, high * sharp, 8 * sharp):
                 pen.line((at, y, at, y + 5 * sharp), "black", 4)
         canvas.paste(plot.resize((wide, high), Image.Resampling.BOX), (left, top))
         draw.line((left, top, left, top + high, left + wide, top + high), "black")
     x, y = pad + 80, canvas.height - pad - 8
-    for name, colour in [*colours.items(), *([(mark_name, "black")] if marks else [])]:
+    for name, colour in [*colours.items(), *[(mark_name, "black")] * bool(marks)]:
         draw.line((x, y, x + 24, y), colour, 3)
+        for gap in (5, 13, 21) if name == mark_name else ():  # dashed, as the marks are
+            draw.line((x + gap, y, x + gap + 3, y), "white", 3)
         draw.text((x + 32, y), name, "black", font, "lm")
         x += 60 + font.getlength(name)
     save_picture(canvas, path)
@@ -813,7 +815,7 @@ def draw_diagnostics(path, pairs, shifts):
         lines = {name: ((edges[:-1] + 0.0125).tolist(), (values.clamp(-1, 1).histc(80, -1, 1) / len(values) * 40).tolist())
                  for name, values in (("F, features", F), ("S, codes", S))}
         plots[f"{term}: {100 * (F > shift).float().mean():.0f} % attract"] = lines
-    draw_curves(path, plots, "cosine", marks=dict(zip(plots, shifts)), mark_name="shift b")
+    draw_curves(path, plots, "cosine", marks=list(shifts), mark_name="shift b")
 
 
 def draw_precision_recall(path, pairs):
