@@ -195,6 +195,14 @@ class Files:
                                                      for name, stat in stats])
 
 
+def files_below(folder):
+    """Sorted paths of all files below a folder, if there is one. Raises InputError naming one that cannot be listed."""
+    def refuse(error):  # os.walk, and Path.rglob always, would leave it out without a word
+        if not isinstance(error, FileNotFoundError):
+            raise InputError(f"{error.filename}: {error.strerror}; mend its permissions")
+    return sorted(Path(top, name) for top, _, names in os.walk(folder, onerror=refuse) for name in names)
+
+
 class Directory(Files):
     """imgs/{train,val}/*, optional labels/{train,val}/*.png paired by stem and classes.txt; or a folder of images, or one.
 
@@ -213,14 +221,14 @@ class Directory(Files):
             if split == "val" and not (root / "imgs/val").is_dir():
                 split = "train"
             folder, labels = root / "imgs" / split, root / "labels" / split
-        files = [root] if root.is_file() else sorted(folder.rglob("*"))
+        files = [root] if root.is_file() else files_below(folder)
         images = [path for path in files if path.suffix.lower() in SUFFIXES
                   and (path.is_file() or path.is_symlink() and not path.exists())]  # a broken link is told, not overlooked
         if not images:
             raise InputError(f"{folder}: no images ({' '.join(sorted(SUFFIXES))})")
         stems = [path.relative_to(folder).with_suffix("") for path in images]
-        label_of = {} if labels is None else {path.relative_to(labels).with_suffix(""): path
-                                              for path in labels.rglob("*.png")}
+        label_of = {path.relative_to(labels).with_suffix(""): path for path in files_below(labels)
+                    if path.suffix == ".png"} if labels else {}
         if label_of and len(set(stems)) < len(stems):
             path = next(path for i, path in enumerate(images) if stems[i] in stems[:i])
             raise InputError(f"{path}: another image has the same name up to its ending, and so the same label; rename one")

@@ -591,7 +591,7 @@ def predict_folder(model, probe, folder, out, size, palette, names, crf=True):
         try:
             image = photos.image(i)
             if max(image.size) > 65_500:
-                raise InputError(f"{photos.name(i)}: a side of more than 65,500 pixels, and so too long for the overlay, a JPEG")
+                raise InputError(f"{photos.name(i)}: a side of more than 65,500 pixels is too long for the overlay, a JPEG")
         except InputError as error:  # told when the others are done
             bad.append(str(error))
             continue

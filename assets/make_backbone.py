@@ -31,15 +31,16 @@ import sys
 import tempfile
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))  # stego.py is one folder up
-import stego  # noqa: E402
-from assets.scenes import SIZE, VERSION, draw_scene  # noqa: E402
-from data import IMAGE_MEAN, IMAGE_STD  # noqa: E402
+import stego
+from assets.scenes import SIZE, VERSION, draw_scene
+from data import IMAGE_MEAN, IMAGE_STD
 
 PATCH = 8
 SIDE = SIZE // PATCH  # patches along a side, the same for teacher and student
@@ -57,7 +58,7 @@ def draw_and_describe(teacher, count, folder, batch=32):
     images = memory_map("images.u8", np.uint8, (count, SIZE, SIZE, 3))
     features = memory_map("features.f16", np.float16, (count, SIDE * SIDE, teacher.embed_dim))
     progress = os.path.join(folder, "done")
-    first = int(open(progress).read()) if os.path.exists(progress) else 0
+    first = int(Path(progress).read_text()) if os.path.exists(progress) else 0
     start = time.time()
     for i in range(first, count, batch):
         stop = min(i + batch, count)

@@ -15,6 +15,7 @@ The same seed gives the same picture everywhere: sines are taken in float64 and 
 platform's last bit does not show, all else is plain arithmetic and Pillow's integer resampling.
 """
 import colorsys
+import functools
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -70,9 +71,9 @@ class Painter:
 
     def tone(self, cls, lighter=0.0, hue=0.0, saturation=1.0):
         """The class's colour in this picture, moved by `lighter` (-1..1) towards black or white."""
-        h, s, l = self.palette[cls]
-        l += lighter * (1 - l if lighter > 0 else l)
-        return tuple(round(255 * v) for v in colorsys.hls_to_rgb((h + hue) % 1, l, min(s * saturation, 1)))
+        h, s, light = self.palette[cls]
+        light += lighter * (1 - light if lighter > 0 else light)
+        return tuple(round(255 * v) for v in colorsys.hls_to_rgb((h + hue) % 1, light, min(s * saturation, 1)))
 
     def shape(self, cls, points, colour=None, kind="polygon"):
         """Draw in the image, and the same in the label map. kind: polygon, rectangle or ellipse."""
@@ -366,10 +367,7 @@ class Painter:
             rows, columns = np.flatnonzero(where.any(1)), np.flatnonzero(where.any(0))
             part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # work in the bounding box
             where, fine, (y, x) = where[part], grain[part], np.ogrid[part]
-            height, width = where.shape
-
-            def noise(across, down):
-                return self.noise(across, down, (height, width))
+            (height, width), noise = where.shape, functools.partial(self.noise, shape=where.shape)
             depth = np.maximum(y - self.horizon, 0).astype(np.float32) + 14  # of level ground, growing towards the eye
             u, v = (x - self.vanish) * (90 / depth), 4200 / depth  # the place on that ground
             if cls == SKY:  # clouds

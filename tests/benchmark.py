@@ -9,7 +9,6 @@ baseline, for time and memory alike) and what was compared. Every row runs in a 
 is its own; what is compared takes turns, and the median counts.
 """
 import argparse
-import functools
 import importlib.util
 import json
 import multiprocessing
@@ -26,14 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+import evaluate
+import stego
+import train
+from crf import dense_crf
 
-import data  # noqa: E402
-import evaluate  # noqa: E402
-import stego  # noqa: E402
-import train  # noqa: E402
-from crf import dense_crf  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 
 def take_turns(runs, *functions):
@@ -56,7 +55,8 @@ def peak_mb(who=resource.RUSAGE_SELF):
 def row(name, value, unit, baseline, what):
     more_is_better = unit.endswith("/s")
     ratio = value / baseline if more_is_better else baseline / value
-    return dict(name=name, value=round(value, 3), unit=unit, baseline=round(baseline, 3), ratio=round(ratio, 2), what=what)
+    return {"name": name, "value": round(value, 3), "unit": unit, "baseline": round(baseline, 3), "ratio": round(ratio, 2),
+            "what": what}
 
 
 def vit_small(device):
@@ -89,7 +89,8 @@ def train_step_cached_vs_live(quick, device):
         maps = torch.from_numpy(np.load(f"{folder}/maps.npy", mmap_mode="c")).permute(0, 3, 1, 2)
         if device == "cuda":
             maps = maps.to(device)
-        read = lambda: [source[torch.randint(n, (batch,))] for source in (maps, maps, labels)]
+        def read():
+            return [source[torch.randint(n, (batch,))] for source in (maps, maps, labels)]
         following = ahead.submit(read)
 
         def cached():
@@ -186,7 +187,8 @@ def evaluation(quick, device):
     collection, probes = data.Scenes("dev", n), {evaluate.ONLINE: (model.cluster_probe, "codes"),
                                                  evaluate.LINEAR: (model.linear_probe, "codes")}
     workers = evaluate.default_workers()
-    score = lambda **options: evaluate.evaluate(model, collection, size, probes, **options)
+    def score(**options):
+        return evaluate.evaluate(model, collection, size, probes, **options)
     plain, = take_turns(1, lambda: score(crf=False, workers=workers))
     refined, serial = take_turns(1, lambda: score(crf=True, workers=workers), lambda: score(crf=True, workers=1))
     what = f"{n} scenes at {size} px, 2 probes"

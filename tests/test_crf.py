@@ -81,7 +81,8 @@ def exact_kernel(features):
 
 def mean_field(probs, weighted_kernels, iterations):
     """The update of the paper with dense (P, P) matrices: the definition of what dense_crf computes."""
-    softmax = lambda x: np.exp(x - x.max(0)) / np.exp(x - x.max(0)).sum(0)
+    def softmax(x):
+        return np.exp(x - x.max(0)) / np.exp(x - x.max(0)).sum(0)
     unary = np.log(probs.astype(float).clip(1e-5, 1)).reshape(len(probs), -1)
     normalised = [(w, k / np.sqrt(np.outer(k.sum(1), k.sum(1)))) for w, k in weighted_kernels]
     q = softmax(unary)

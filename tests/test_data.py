@@ -4,34 +4,24 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
 import torchvision.transforms.functional as TF
-from conftest import ROOT
+from conftest import ROOT, save_image, save_label
 from PIL import Image
 
 import data
 import stego
 
 
-def save_image(path, width=40, height=30, mode="RGB", seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    Image.fromarray(pixels).convert(mode).save(path)
-    return pixels
-
-
-def save_label(path, ids):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(ids)).save(path)
-
-
 def png_header(width, height):
     """A PNG file that promises so many pixels and holds a few."""
-    chunks = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b"")
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(99))),
+              (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(content)) + kind + content + struct.pack(
         ">I", zlib.crc32(kind + content)) for kind, content in chunks)
 
@@ -48,26 +38,6 @@ BAD = {"truncated": truncate, "truncated progressive": lambda path: truncate(pat
        "10,000 x 10,000": lambda path: path.write_bytes(png_header(10_000, 10_000)),
        "floats": lambda path: Image.fromarray(np.random.rand(9, 9).astype(np.float32)).save(path, "TIFF"),
        "broken link": lambda path: path.symlink_to("nowhere.jpg"), "folder": lambda path: path.mkdir()}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """imgs/{train,val} with three labelled training images and one image to evaluate."""
-    for i, name in enumerate(("a.png", "b.jpg", "sub/c.png")):
-        save_image(tmp_path / "imgs/train" / name, seed=i)
-        ids = np.random.default_rng(i).integers(0, 4, (30, 40), np.uint8)
-        save_label((tmp_path / "labels/train" / name).with_suffix(".png"), ids)
-    save_image(tmp_path / "imgs/val/v.png", seed=9)
-    return tmp_path
-
-
-@pytest.fixture
-def backbone():
-    torch.manual_seed(5)
-    vit = stego.VisionTransformer(8, 16, 2, 2, image_size=16)
-    for parameter in vit.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return vit.eval().requires_grad_(False)
 
 
 # ---- images and labels ----
@@ -128,7 +98,7 @@ def test_a_file_without_permission_is_named(tmp_path):
 def test_pillow_does_not_warn_of_large_images(tmp_path):
     (tmp_path / "large.png").write_bytes(png_header(10_000, 10_000))
     result = subprocess.run([sys.executable, "-W", "error:Image size", "-c", "import data; data.read_image('large.png')"],
-                            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+                            env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
     assert "truncated" in result.stderr.splitlines()[-1] and "warn" not in result.stderr.lower()
 
 
@@ -166,6 +136,19 @@ def test_a_plain_folder_of_photos_is_enough(tmp_path):
     for split in ("train", "val"):
         photos = data.Directory(tmp_path, split, n_classes=5)
         assert len(photos) == 2 and not photos.has_labels and photos.names[4] == "class 4"
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
+    scandir = os.scandir
+
+    def denied(path):  # chmod would not keep root out
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(stego.InputError, match="imgs/train/sub: Permission denied"):
+        data.Directory(folder, "train", 4)
 
 
 def test_without_val_the_training_images_are_evaluated(folder):
@@ -217,7 +200,8 @@ def test_all_bad_files_are_named_together_and_left_out_when_asked_for(folder, tm
     (folder / "labels/train/b.png").write_bytes(b"")
     (folder / "imgs/val/v.png").write_bytes(b"")
     save_image(folder / "imgs/val/w.png")
-    load = lambda: [data.Directory(folder, split, 4) for split in ("train", "val")]
+    def load():
+        return [data.Directory(folder, split, 4) for split in ("train", "val")]
     with pytest.raises(stego.InputError) as error:
         data.check_files(load(), tmp_path / "cache", 2)
     assert str(error.value).startswith("11 bad files: ") and str(error.value).endswith(
@@ -244,7 +228,8 @@ def test_what_was_checked_is_not_read_again_but_for_what_was_bad(folder, tmp_pat
         return read(path, draft)
 
     monkeypatch.setattr(data, "read_image", reader)
-    check = lambda **options: data.check_files([data.Directory(folder, "train", 3)], tmp_path / "cache", 1, **options)
+    def check(**options):
+        return data.check_files([data.Directory(folder, "train", 3)], tmp_path / "cache", 1, **options)
     for expected in (["a.png", "b.jpg", "c.png"], ["a.png"]):
         with pytest.raises(stego.InputError, match="a.png: Permission denied"):
             check()
@@ -262,7 +247,8 @@ def test_what_was_checked_is_not_read_again_but_for_what_was_bad(folder, tmp_pat
 
 
 def test_a_check_that_was_damaged_is_done_again(folder, tmp_path):
-    check = lambda: data.check_files([data.Directory(folder, "train", 4)], tmp_path / "cache", 1)
+    def check():
+        return data.check_files([data.Directory(folder, "train", 4)], tmp_path / "cache", 1)
     check()
     path, = (tmp_path / "cache").iterdir()
     whole = path.read_text()
@@ -381,7 +367,8 @@ def test_live_features_are_those_of_the_cache_and_take_no_room(folder, backbone,
 
 def test_auto_keeps_the_maps_only_where_they_fit(folder, backbone, tmp_path, capsys):
     train = data.Directory(folder, "train", 4)
-    extract = lambda name, gb: data.extract_features(backbone, train, 16, cache_dir=tmp_path / name, cache_gb=gb, workers=0)
+    def extract(name, gb):
+        return data.extract_features(backbone, train, 16, cache_dir=tmp_path / name, cache_gb=gb, workers=0)
     assert isinstance(extract("small", 1e-9).maps, data.Live)
     assert isinstance(extract("large", 1).maps, torch.Tensor)
     assert isinstance(extract("large", 1e-9).maps, torch.Tensor)  # they are there already
@@ -406,7 +393,8 @@ def test_the_second_run_reads_no_image(folder, backbone, tmp_path, monkeypatch):
 
 def test_a_killed_extraction_goes_on_where_it_was(folder, backbone, tmp_path, monkeypatch):
     train = data.Directory(folder, "train", 4)
-    extract = lambda where: data.extract_features(backbone, train, 16, cache_dir=where, batch_size=1, workers=0)
+    def extract(where):
+        return data.extract_features(backbone, train, 16, cache_dir=where, batch_size=1, workers=0)
     undisturbed = extract(tmp_path / "one")
     monkeypatch.setattr(data.time, "monotonic", iter(range(0, 10 ** 6, 10)).__next__)  # progress after every batch
     read, done = data.read_image, []
@@ -429,8 +417,9 @@ def test_features_that_are_no_numbers_or_overflow_float16_stop_the_run(folder, b
 
 
 def test_another_file_weight_size_crop_or_facet_is_another_cache(folder, backbone):
-    key = lambda size=16, crop="none", facet="token", bfloat16=False: data.cache_key(
-        backbone, data.Directory(folder, "train", 4), size, crop, facet, bfloat16)
+    def key(size=16, crop="none", facet="token", bfloat16=False):
+        return data.cache_key(
+            backbone, data.Directory(folder, "train", 4), size, crop, facet, bfloat16)
     original = key()
     assert key() == original
     seen = {original, key(size=32), key(crop="five"), key(facet="key"), key(bfloat16=True)}

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
+from conftest import save_image, save_label
 from PIL import Image
-from test_data import save_image, save_label
 
 import data
 import stego
@@ -252,7 +252,8 @@ def test_without_a_folder_the_whole_layout_is_told(dataset, tmp_path):
 
 
 def test_the_first_missing_file_is_named_and_the_others_counted(coco, cityscapes):
-    load = lambda split: data.load_collection("cocostuff27", coco, split)
+    def load(split):
+        return data.load_collection("cocostuff27", coco, split)
     (coco / "cocostuff/annotations/val2017/000000001009.png").unlink()
     with pytest.raises(stego.InputError, match="annotations/val2017/000000001009.png is missing; --dataset cocostuff27"):
         load("val")
@@ -324,7 +325,7 @@ def test_a_preset_brings_its_data_set():
 
 def test_a_preset_without_its_data_says_what_to_get(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", "train.py --preset cocostuff27-vits8 --device cpu".split())
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "cocostuff27-vits8", "--device", "cpu"])
     with pytest.raises(SystemExit) as stopped:
         train.evaluate.run(train.main)
     assert stopped.value.code == 2 and not list(tmp_path.iterdir())

@@ -125,7 +125,8 @@ def test_kmeans_finds_separated_directions():
 
 def test_kmeans_is_deterministic_per_seed_and_more_restarts_are_never_worse():
     codes = torch.randn(400, 6)
-    objective = lambda centroids: (torch.nn.functional.normalize(codes, dim=1) @ centroids.T).amax(1).mean()
+    def objective(centroids):
+        return (torch.nn.functional.normalize(codes, dim=1) @ centroids.T).amax(1).mean()
     assert torch.equal(evaluate.kmeans(codes, 9, 2, seed=3), evaluate.kmeans(codes, 9, 2, seed=3))
     assert objective(evaluate.kmeans(codes, 9, 8, seed=3)) >= objective(evaluate.kmeans(codes, 9, 1, seed=3))
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image, PngImagePlugin
-from test_data import backbone, folder  # noqa: F401, fixtures
 from test_published import Call
 
 import data
@@ -42,7 +41,7 @@ def test_a_bare_pickle_is_no_checkpoint_and_does_not_run(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["maps", "vectors", "labels", "neighbors_2"])
-def test_a_pickle_in_the_cache_is_refused_and_does_not_run(name, folder, backbone, tmp_path):  # noqa: F811
+def test_a_pickle_in_the_cache_is_refused_and_does_not_run(name, folder, backbone, tmp_path):
     train_set = data.Directory(folder, "train", 4)
 
     def read():
@@ -63,9 +62,10 @@ def test_a_pickle_in_the_cache_is_refused_and_does_not_run(name, folder, backbon
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_pickle_as_the_progress_of_an_extraction_is_refused(folder, backbone, tmp_path):  # noqa: F811
+def test_a_pickle_as_the_progress_of_an_extraction_is_refused(folder, backbone, tmp_path):
     train_set = data.Directory(folder, "train", 4)
-    extract = lambda: data.extract_features(backbone, train_set, 16, cache_dir=tmp_path / "cache", workers=0)
+    def extract():
+        return data.extract_features(backbone, train_set, 16, cache_dir=tmp_path / "cache", workers=0)
     home = extract().folder
     home.rename(f"{home}.partial")
     np.save(f"{home}.partial/done.npy", np.array([Call(os.mkdir, str(tmp_path / "executed"))] * 3, object))
@@ -74,7 +74,7 @@ def test_a_pickle_as_the_progress_of_an_extraction_is_refused(folder, backbone, 
     assert not (tmp_path / "executed").exists()
 
 
-def test_neighbors_that_do_not_exist_are_refused(folder, backbone, tmp_path):  # noqa: F811
+def test_neighbors_that_do_not_exist_are_refused(folder, backbone, tmp_path):
     features = data.extract_features(backbone, data.Directory(folder, "train", 4), 16, cache_dir=tmp_path, workers=0)
     neighbors = data.cached_neighbors(features, 2).numpy()
     for wrong in (neighbors - 3, neighbors + 1):
@@ -124,7 +124,7 @@ def test_no_pickle_ends_the_process_or_fills_its_memory(tmp_path):
             torch.save({}, old, _use_new_zipfile_serialization=False)
             magic = old.getvalue().partition(b"\x80\x02}q\x00.")[0]  # the three pickles before the object
             paths[-1].write_bytes(magic + first + pickled)
-    result = subprocess.run([sys.executable, "-c", READ_THEM, *paths], capture_output=True, text=True,
+    result = subprocess.run([sys.executable, "-c", READ_THEM, *paths], capture_output=True, text=True, check=False,
                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (40 * 10 ** 9,) * 2))
     assert result.returncode == 0, result.stdout[-100:] + result.stderr[-1000:]
     assert int(result.stdout.split()[-1]) < 2 * 10 ** 6  # kilobytes
@@ -141,7 +141,7 @@ def test_what_is_packed_or_larger_than_its_file_is_refused(tmp_path):
         stego.load_backbone(tmp_path / "packed.pth")
     side = 10 ** 6
     torch.save({**state, "pos_embed": torch.zeros(1).expand(1, 1 + side ** 2, 16)}, tmp_path / "wide.pth")
-    torch.save({**state, **{f"blocks.{10 ** 9}.norm1.weight": torch.zeros(16)}}, tmp_path / "deep.pth")
+    torch.save({**state, f"blocks.{10 ** 9}.norm1.weight": torch.zeros(16)}, tmp_path / "deep.pth")
     for name, message in (("wide", "larger than the file"), ("deep", "lack blocks.1")):
         with pytest.raises(stego.InputError, match=message):
             stego.load_backbone(tmp_path / f"{name}.pth")
@@ -191,7 +191,7 @@ def test_compare_takes_runs_without_labels(tmp_path, capsys):
 def test_resume_refuses_settings_that_are_none(config, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "runs/t", config=config)
-    monkeypatch.setattr(sys, "argv", "train.py --resume --name t --device cpu".split())
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--name", "t", "--device", "cpu"])
     with pytest.raises(SystemExit) as stopped:
         evaluate.run(train.main)
     assert stopped.value.code == 2

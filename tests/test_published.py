@@ -110,7 +110,8 @@ def test_authors_checkpoint_gives_codes_and_predictions_of_a_straight_computatio
     images = torch.randn(2, 3, 48, 40)
     with torch.no_grad():
         x = vit.eval()(images, facet)
-        conv = lambda x, name: nnf.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"])
+        def conv(x, name):
+            return nnf.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"])
         codes = conv(x, "net.cluster1.0") + conv(conv(x, "net.cluster2.0").relu(), "net.cluster2.2")
         large = nnf.interpolate(codes, (48, 40), mode="bilinear", align_corners=False)
         cosine = torch.einsum("nchw,kc->nkhw", nnf.normalize(large, dim=1), nnf.normalize(state["cluster_probe.clusters"]))
@@ -130,15 +131,16 @@ def test_authors_settings_get_our_names_and_are_those_of_the_preset(attribute_di
     preset = {**stego.PRESETS["cocostuff27-vitb8"], "code_dim": 7}
     assert {key: config[key] for key in preset} == preset
     assert json.loads(json.dumps(config)) == config  # plain values
-    assert {key: config[key] for key in config.keys() - preset.keys()} == dict(
-        preset="cocostuff27-vitb8", data_root=None, num_classes=5, num_clusters=7, resolution=224,
-        eval_resolution=320, facet="token", dropout=0.1, lr=5e-4, neighbors=7, zero_clamp=True, stabilize=False)
+    assert {key: config[key] for key in config.keys() - preset.keys()} == {
+        "preset": "cocostuff27-vitb8", "data_root": None, "num_classes": 5, "num_clusters": 7, "resolution": 224,
+        "eval_resolution": 320, "facet": "token", "dropout": 0.1, "lr": 5e-4, "neighbors": 7,
+        "zero_clamp": True, "stabilize": False}
 
 
 @pytest.mark.parametrize("settings, preset, backbone, crop", [
-    (dict(dataset_name="potsdam", model_type="vit_small", crop_type=None), "potsdam-vits8", "dino_vits8_300ep", "none"),
-    (dict(dataset_name="cityscapes"), "cityscapes-vitb8", "dino_vitb8", "five"),
-    (dict(dataset_name="cocostuff15", model_type="vit_small", dino_patch_size=16), None, "dino_vits16", "five")])
+    ({"dataset_name": "potsdam", "model_type": "vit_small", "crop_type": None}, "potsdam-vits8", "dino_vits8_300ep", "none"),
+    ({"dataset_name": "cityscapes"}, "cityscapes-vitb8", "dino_vitb8", "five"),
+    ({"dataset_name": "cocostuff15", "model_type": "vit_small", "dino_patch_size": 16}, None, "dino_vits16", "five")])
 def test_preset_and_backbone_are_read_from_the_authors_settings(settings, preset, backbone, crop, tmp_path):
     write_authors_checkpoint(tmp_path / "a.ckpt", authors_weights()[0], **settings)
     config = stego.load_checkpoint(tmp_path / "a.ckpt")[1]

@@ -8,49 +8,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL, train_here, weights
 from PIL import Image
 
 import data
 import stego
 import train
 
-VIT = dict(patch_size=8, embed_dim=16, depth=1, num_heads=1, image_size=32)
-SMALL = ("--num-classes 3 --backbone vit.pth --resolution 32 --eval-resolution 32 --code-dim 5 --batch-size 4 "
-         "--steps 12 --checkpoint-every 4 --log-every 4 --device cpu --workers 1").split()
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """A folder with 12 labelled training images, 2 to evaluate, and the weights of a tiny ViT; the current folder."""
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(3)
-    vit = stego.VisionTransformer(**VIT)
-    for parameter in vit.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    torch.save(vit.state_dict(), "vit.pth")
-    for split, n in (("train", 12), ("val", 2)):
-        for i in range(n):
-            ids = np.random.default_rng(i).integers(0, 3, (4, 6)).repeat(10, 0).repeat(10, 1).astype(np.uint8)
-            for kind, pixels in (("imgs", data.class_palette(3)[ids]), ("labels", ids)):
-                folder = tmp_path / "images" / kind / split
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path
-
 
 def run(script, *arguments):
-    return subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True)
-
-
-def train_here(monkeypatch, *arguments):
-    """train.main() in this process, which spares the start of another."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    train.main()
-
-
-def weights(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+    return subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True, check=False)
 
 
 # ---- whole runs ----
@@ -105,7 +72,7 @@ def test_five_crops_and_keys(workplace, monkeypatch):
 def test_live_features_give_the_losses_of_cached_ones(workplace, monkeypatch):
     for mode in ("cached", "live"):
         train_here(monkeypatch, "--data-root", "images", "--name", mode, "--no-crf", "--features", mode,
-                   *"--same-class 0.4 0.4 0.3".split(), *SMALL)
+                   *["--same-class", "0.4", "0.4", "0.3"], *SMALL)
     cached, live = ([json.loads(line) for line in (workplace / f"runs/{mode}/log.jsonl").read_text().splitlines()]
                     for mode in ("cached", "live"))
     assert len(live) == 4 and all(row == pytest.approx(other, abs=2e-3) for row, other in zip(live[:3], cached[:3]))
@@ -130,7 +97,7 @@ def test_the_same_command_gives_the_same_weights_and_another_seed_others(workpla
 
 def test_the_probes_teach_the_head_nothing(workplace, monkeypatch):
     train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", *SMALL,
-               *"--lambda-self 0 --lambda-knn 0 --lambda-rand 0".split())
+               *["--lambda-self", "0", "--lambda-knn", "0", "--lambda-rand", "0"])
     after, backbone = weights(workplace / "runs/t"), stego.load_backbone("vit.pth")
     torch.manual_seed(0)
     before = stego.Stego(backbone, 5, 3, 3).state_dict()
@@ -143,11 +110,11 @@ def test_the_probes_teach_the_head_nothing(workplace, monkeypatch):
 
 def test_shifts_are_quantiles_at_the_shares_of_one_class(workplace, monkeypatch, capsys):
     train_here(monkeypatch, "--data-root", "images", "--name", "known", "--no-crf",
-               *"--same-class 0.5 0.4 0.2".split(), *SMALL)
+               *["--same-class", "0.5", "0.4", "0.2"], *SMALL)
     train_here(monkeypatch, "--data-root", "images", "--name", "auto", "--no-crf", "--b-knn", "0.125", *SMALL)
     train_here(monkeypatch, "--data-root", "images", "--name", "fixed", "--no-crf", "--preset", "potsdam-vits8",
                "--dataset", "directory", *SMALL)
-    known, auto, fixed = (json.loads((workplace / f"runs/{name}/config.json").read_text())
+    _known, auto, fixed = (json.loads((workplace / f"runs/{name}/config.json").read_text())
                           for name in ("known", "auto", "fixed"))
     health = json.loads((workplace / "runs/known/log.jsonl").read_text().splitlines()[-1])
     assert [health[f"attract_{term}"] for term in ("self", "knn", "rand")] == pytest.approx([0.5, 0.4, 0.2], abs=1e-3)
@@ -199,7 +166,7 @@ evaluate.run(train.main)
 
 def torchrun(*arguments):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments],
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, check=False)
 
 
 def test_two_processes_share_the_work_and_end_with_one_model(workplace, monkeypatch):
@@ -386,8 +353,8 @@ def test_weights_that_are_no_numbers_are_never_saved_over_a_good_checkpoint(log_
 
 def test_a_collapsed_head_is_told_beside_its_scores(workplace, monkeypatch, capsys):
     train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", *SMALL, "--lr", "0.05", "--steps", "60",
-               *"--b-self -2 --b-knn -2 --b-rand -2".split())  # everything attracts
-    monkeypatch.setattr(sys, "argv", "evaluate.py --checkpoint runs/t --no-crf --workers 0".split())
+               *["--b-self", "-2", "--b-knn", "-2", "--b-rand", "-2"])  # everything attracts
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", "runs/t", "--no-crf", "--workers", "0"])
     train.evaluate.main()
     for path in ("runs/t/scores.json", "runs/t/eval-val/scores.json"):
         assert "the codes collapsed" in json.loads((workplace / path).read_text())["warnings"][0]
