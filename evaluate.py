@@ -456,7 +456,7 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
     for sentence in warnings:
         print(f"warning: {sentence}")
 
-    columns = [("image", [sample["image"] for sample in samples])]
+    columns, unmatched = [("image", [sample["image"] for sample in samples])], False
     if collection.has_labels:
         columns.append(("label", [paint(sample["label"], collection.palette) for sample in samples]))
     n_clusters = len(probes[prediction][0].centroids)
@@ -468,9 +468,13 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
                 matched = hungarian(sum(confusion_matrix(sample[name], sample[prediction], n_clusters, n_clusters)
                                         for sample in samples))
             colours = cluster_palette(matched, collection.palette)
+            unmatched = unmatched or min(matched) < 0
             columns.append((name, [paint(sample[name], colours) for sample in samples]))
     names = collection.names if results else [f"cluster {k}" for k in range(n_clusters)]
-    draw_panel(folder / "panel.png", columns, names, cluster_palette(range(len(names)), collection.palette))
+    palette = cluster_palette(range(len(names)), collection.palette)
+    if results and unmatched:
+        names, palette = [*names, "others: no class"], np.append(palette, [[255] * 3], 0)
+    draw_panel(folder / "panel.png", columns, names, palette)
 
     summary = {"data": str(collection.root), "split": collection.split, "images": len(collection),
                "classes": collection.names, "prediction": prediction, "warnings": list(warnings), "results": results,
@@ -815,7 +819,7 @@ def draw_diagnostics(path, pairs, shifts):
         lines = {name: ((edges[:-1] + 0.0125).tolist(), (values.clamp(-1, 1).histc(80, -1, 1) / len(values) * 40).tolist())
                  for name, values in (("F, features", F), ("S, codes", S))}
         plots[f"{term}: {100 * (F > shift).float().mean():.0f} % attract"] = lines
-    draw_curves(path, plots, "cosine", marks=list(shifts), mark_name="shift b")
+    draw_curves(path, plots, "cosine (up: density of pairs)", marks=list(shifts), mark_name="shift b")
 
 
 def draw_precision_recall(path, pairs):
