@@ -453,8 +453,10 @@ def transitivity(F, pairs, rates):
 def same_class_rates(maps, neighbors, seed=0, n_images=48, n_points=128):
     """Shares of the self and the knn pairs of points that show the same class, estimated from features alone.
 
-    Transitivity (see above) hardly changes while the shift cuts inside the classes and falls once it joins different
-    ones: the estimate is the largest rate that keeps 90 % of the best kappa.
+    Transitivity (see above) falls as more pairs are joined, slowly while they are of one class, fast beyond. The estimate
+    weighs one against the other as Otsu's threshold between two classes does (1979), by the variance that is explained:
+
+        argmax over rates of  rate (1 - rate) kappa(rate)^2
 
     maps: (N, D, h, w), anything that indexes to it. neighbors: (N, k). Seconds on a CPU. Deterministic per seed.
     """
@@ -474,9 +476,8 @@ def same_class_rates(maps, neighbors, seed=0, n_images=48, n_points=128):
             (torch.cat([self_, knn], 1), different(both // self_.shape[1]), different(both))):
         F = (vectors @ vectors.transpose(1, 2)).masked_fill(~joinable, -2)
         kappas = transitivity(F, pairs[None], rates)
-        best = kappas.index(max(kappas))
-        falls = [i for i in range(best, len(rates)) if kappas[i] < 0.9 * kappas[best]]
-        estimates.append(rates[falls[0] - 1 if falls else -1])
+        explained = [rate * (1 - rate) * max(kappa, 0) ** 2 for rate, kappa in zip(rates, kappas)]
+        estimates.append(rates[explained.index(max(explained))])
     return tuple(estimates)
 
 

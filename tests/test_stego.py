@@ -158,6 +158,17 @@ def test_rates_of_clear_classes_are_found_without_labels():
     assert rates == stego.same_class_rates(maps, neighbors)
 
 
+def test_one_class_that_is_all_alike_does_not_hide_the_others():
+    """The sky: a fifth of every image of five classes, more alike than anything else, must not be the only class found."""
+    torch.manual_seed(0)
+    directions = torch.randn(5, 32)
+    classes = torch.randint(0, 5, (60, 8, 8))
+    noise = torch.where(classes == 0, 0.02, 1.0)[..., None]
+    maps = (directions[classes] + noise * torch.randn(60, 8, 8, 32)).permute(0, 3, 1, 2)
+    neighbors = torch.stack([torch.randperm(60)[:7] for _ in range(60)])
+    assert stego.same_class_rates(maps, neighbors) == pytest.approx((1 / 5, 1 / 5), abs=0.05)
+
+
 # ---- head and probes ----
 
 def test_head_is_a_linear_plus_a_nonlinear_branch_each_with_its_own_channel_dropout():
