@@ -6,6 +6,7 @@ that did it. Deterministic by seed; by hand: python tests/test_fuzz.py FOLDER SE
 """
 import argparse
 import contextlib
+import copy
 import faulthandler
 import functools
 import io
@@ -142,7 +143,7 @@ def damaged_tree(rng, tree):
     if rng.random() < 0.15:
         del node[key]
     else:
-        node[key] = rng.choice(VALUES)
+        node[key] = copy.deepcopy(rng.choice(VALUES))  # or it would once be put into itself
 
 
 def damaged_json(rng, content):
