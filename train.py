@@ -275,6 +275,7 @@ def run(given, options, name):
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{folder / 'config.json'}: damaged ({error}); start another run") from error
         check_settings(config, folder / "config.json")
+        check(config, options)
         different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items()
                      if config.get(key) != value]
         if different:

@@ -185,7 +185,7 @@ def test_compare_takes_runs_without_labels(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("config", [*BROKEN_JSON, '{"steps": "12"}', '{"steps": null}', '{"lr": NaN}', '{"lr": 1e999}',
-                                    '{"seed": 1.5}', '{"crop": "six"}', '{"backbone": 3}', '{"shifts": [1, 2]}',
+                                    '{"seed": 1.5}', '{"lr": -1}', '{"crop": "six"}', '{"backbone": 3}', '{"shifts": [1, 2]}',
                                     '{"same_class": 1}', '{"center": "yes"}', '{"resolution": [[[1]]]}', '{"data_root": {}}',
                                     '{"code_dim": true}', '{"code_dim": ' + "9" * 400 + "}", '{"dataset": "other"}'])
 def test_resume_refuses_settings_that_are_none(config, tmp_path, monkeypatch, capsys):
