@@ -13,9 +13,11 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -65,6 +67,11 @@ def gathered(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def follow_parent(*_):
+    """Ends this process, a worker, as soon as its parent is dead: if that was killed, it would wait for work for ever."""
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -434,8 +441,6 @@ def load_collection(dataset, root, split, n_classes=None):
         if not root:
             raise InputError("--dataset directory needs --data-root FOLDER")
         return Directory(root, split, n_classes)
-    if dataset not in DATASETS:
-        raise InputError(f"dataset {dataset!r}: there are {', '.join(DATASETS)}")
     if dataset == "scenes" and split not in Scenes.FIRST_SEED:
         raise InputError(f"--split {split}: the scenes have {', '.join(Scenes.FIRST_SEED)}")
     collection = Scenes(split) if dataset == "scenes" else Published(dataset, root, split)
@@ -572,7 +577,8 @@ def raise_bad(items):
 
 def batches(dataset, batch_size, workers):
     """(images, labels) of `batch_size` images of a Views at a time, decoded ahead in `workers` processes."""
-    for items in torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers, collate_fn=list):
+    for items in torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers, collate_fn=list,
+                                             worker_init_fn=follow_parent):
         raise_bad(items)
         images, labels = zip(*items)
         yield torch.cat(images), torch.cat(labels)

@@ -17,9 +17,8 @@ import os
 import signal
 import sys
 import textwrap
-import threading
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,6 @@ from stego import (
     feature_correspondence,
     linear_probe_loss,
     load_checkpoint,
-    random_vectors,
     replacing,
     sample,
 )
@@ -184,8 +182,12 @@ def sample_positions(maps, n_points=50_000, seed=0):
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(maps), generator=generator)[:2000].sort().values  # enough maps, and quick to read
-    per_map = min(maps.shape[2] * maps.shape[3], -(-n_points // len(chosen)))
-    return torch.cat([random_vectors(maps, indices, per_map, generator).flatten(0, 1) for indices in chosen.split(32)])
+    per_map, vectors = -(-n_points // len(chosen)), []
+    for indices in chosen.split(32):
+        read = maps[indices].float().flatten(2).transpose(1, 2)  # (n, h w, D)
+        positions = torch.rand(read.shape[:2], generator=generator).argsort(1)[:, :per_map].to(read.device)  # distinct
+        vectors.append(read.gather(1, positions[..., None].expand(-1, -1, read.shape[2])).flatten(0, 1))
+    return torch.cat(vectors)
 
 
 def fitted_probe(vectors, n_clusters, seed):
@@ -350,16 +352,11 @@ def crf_labels(image, predictions):
     return [dense_crf(image, probabilities).argmax(0).astype(np.uint8) for probabilities in predictions]
 
 
-def follow_parent():
-    """Ends this process as soon as its parent is dead: if that was killed, it would wait for work for ever."""
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-
-
 def crf_pool(workers):
     """Processes for crf_labels, one BLAS thread each: several would fight for the cores the processes share."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # read by the children when they start; this process has long read its own
-    pool = ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn"), initializer=follow_parent)
+    pool = ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn"), initializer=data.follow_parent)
     if masks := hasattr(signal, "pthread_sigmask"):  # not on Windows. The processes never see Ctrl-C: they end with this one
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     for _ in range(workers):

@@ -419,66 +419,22 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
 # Shifts without tuning: as many pairs attract as seem to show the same class
 # ---------------------------------------------------------------------------------------------------------------
 
-def random_vectors(maps, images, count, generator):
-    """Vectors at `count` distinct random positions (all, if there are fewer) of each of these images, (images, count, D).
+def same_class_rates(F_self, F_knn, F_rand, n_classes):
+    """Shares of the self, the knn and the rand pairs of points that show the same class, estimated without labels.
 
-    maps: (N, D, h, w), anything that indexes to it. images: (n,) indices.
+    Two points of random images are taken to be of the same of n classes with the chance pi_rand = 1 / n. Those that are
+    not look as unlike in one image, or in neighbours, as in any two; and nearly all pairs up to the median m of F_rand are
+    not. So there are fewer pairs below m in an image, and in neighbours, just as fewer pairs are of different classes:
+
+        P(F_t <= m) / P(F_rand <= m) = (1 - pi_t) / (1 - pi_rand),    t = self, knn
+
+    F_self, F_knn, F_rand: feature correspondences of random pairs of points of each kind, any shape. Ours, not the paper's.
+    Returns (pi_self, pi_knn, pi_rand).
     """
-    vectors = maps[images].float().flatten(2).transpose(1, 2)  # (n, h w, D)
-    positions = torch.rand(vectors.shape[:2], generator=generator).argsort(1)[:, :count].to(vectors.device)
-    return vectors.gather(1, positions[..., None].expand(-1, -1, vectors.shape[2]))
-
-
-def transitivity(F, pairs, rates):
-    """How nearly "a and b correspond" is transitive, as "a and b have the same class" is, for several shares of pairs.
-
-        T = P(F_ab > b | F_ac > b, F_cb > b)        kappa = (T - rate) / (1 - rate)
-
-    where b is the shift above which a share `rate` of the pairs lies: of the paths from a over any c to b, the share
-    whose ends correspond, too, corrected for chance. 1: an equivalence relation, 0: none.
-    F: (G, m, m), cosines of the m points of each of G groups, -2 where two points are not to be joined. pairs: (G or 1,
-    m, m) bool, the pairs that are counted. Returns one kappa for each of the rates.
-    """
-    ranked = F[pairs.expand_as(F)].sort(descending=True).values
-    kappas = []
-    for rate in rates:
-        joined = (F > ranked[int(rate * len(ranked))]).float()
-        paths = joined @ joined * pairs  # their number from each point to each
-        T = ((paths * joined).sum() / paths.sum().clamp(min=1)).item()
-        kappas.append((T - rate) / (1 - rate))
-    return kappas
-
-
-@torch.no_grad()
-def same_class_rates(maps, neighbors, seed=0, n_images=48, n_points=128):
-    """Shares of the self and the knn pairs of points that show the same class, estimated from features alone.
-
-    Transitivity (see above) falls as more pairs are joined, slowly while they are of one class, fast beyond. The estimate
-    weighs one against the other as Otsu's threshold between two classes does (1979), by the variance that is explained:
-
-        argmax over rates of  rate (1 - rate) kappa(rate)^2
-
-    maps: (N, D, h, w), anything that indexes to it. neighbors: (N, k). Seconds on a CPU. Deterministic per seed.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randperm(len(maps), generator=generator)[:n_images]
-    x_knn = neighbors[x, torch.randint(neighbors.shape[1], x.shape, generator=generator)]
-    self_, knn = (nnf.normalize(random_vectors(maps, images, n_points, generator), dim=2) for images in (x, x_knn))
-
-    def different(ids):  # (m, m) bool: which of m points differ in their id
-        return (ids[:, None] != ids).to(self_.device)
-
-    both = torch.arange(2 * self_.shape[1])
-    within = different(both[:self_.shape[1]])
-    rates, estimates = [percent / 100 for percent in (*range(5, 30), *range(30, 82, 2))], []
-    for vectors, pairs, joinable in (  # groups of points, the pairs that count, those that may be joined
-            (self_, within, within),
-            (torch.cat([self_, knn], 1), different(both // self_.shape[1]), different(both))):
-        F = (vectors @ vectors.transpose(1, 2)).masked_fill(~joinable, -2)
-        kappas = transitivity(F, pairs[None], rates)
-        explained = [rate * (1 - rate) * max(kappa, 0) ** 2 for rate, kappa in zip(rates, kappas)]
-        estimates.append(rates[explained.index(max(explained))])
-    return tuple(estimates)
+    pi_rand = 1 / n_classes
+    m = F_rand.median()
+    below = F_rand.le(m).float().mean()
+    return tuple(max(pi_rand, 1 - (1 - pi_rand) * (F.le(m).float().mean() / below).item()) for F in (F_self, F_knn, F_rand))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -187,6 +187,19 @@ def run_folder(name, dataset, resume):
     return folder
 
 
+def resumed_settings(path, given):
+    """The settings of a run that was stopped, from its config.json. Raises InputError where others were `given`."""
+    try:
+        config = {**DEFAULTS, **json.loads(path.read_text())}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({error}); start another run") from error
+    check_settings(config, path)
+    different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items() if config.get(key) != value]
+    if different:
+        raise InputError(f"--resume: {path.parent} was started with other settings: {', '.join(different)}")
+    return config
+
+
 def check(config, options):
     """Raises InputError for settings that cannot be trained with."""
     evaluate.check_limits({**config, **vars(options)}, LIMITS)
@@ -224,6 +237,22 @@ def batch_of(step, n, batch_size, seed):
     return epoch_order(epoch, n, seed)[position * batch_size:(position + 1) * batch_size]
 
 
+def shifts_at(rates, pairs, shifts):
+    """The shifts (self, knn, rand), those that are "auto" so that a share `rates` of their pairs attracts; prints them.
+
+    pairs: from evaluate.correspondences.
+    """
+    shifts = [F.quantile(1 - rate).item() if shift == "auto" else shift
+              for (F, _, _), rate, shift in zip(pairs.values(), rates, shifts)]
+    print("shifts (self, knn, rand): " + ", ".join(f"{shift:.3f}" for shift in shifts))
+    print("shares of pairs that attract: " + ", ".join(
+        f"{100 * (F > shift).float().mean():.0f} %" for (F, _, _), shift in zip(pairs.values(), shifts)))
+    if pairs["self"][2] is not None:
+        print("shares of pairs of one class, by the labels: " + ", ".join(
+            f"{100 * same[same >= 0].float().mean():.0f} %" for _, _, same in pairs.values()))
+    return shifts
+
+
 class Objective(torch.nn.Module):
     """All that a step minimises, as one module: what DistributedDataParallel wraps."""
 
@@ -256,6 +285,44 @@ def interruptions():
         signal.signal(signal.SIGINT, before)
 
 
+def restore(path, model, optimizers, steps):
+    """Puts what save_checkpoint wrote back into model and optimizers. Returns the step. Raises InputError if it does not fit."""
+    try:
+        saved = read_tensors(path, next(model.head.parameters()).device)
+        check_weights(saved["model"], path)
+        model.load_state_dict({key: value for key, value in saved["model"].items() if not key.startswith("refit_probe")})
+        for part, optimizer in optimizers.items():
+            state = saved["training"]["optimizers"][part]["state"]
+            for moments in state.values():
+                check_weights(moments, path)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            if any({key: value.shape for key, value in optimizer.state[parameter].items()} != {
+                    "step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+                   for parameter in optimizer.param_groups[0]["params"]):
+                raise ValueError(f"the optimizer of {part} has another state")
+        step = saved["training"]["step"]
+        if type(step) is not int or not 0 < step <= steps:
+            raise ValueError(f"step {step}")
+    except (InputError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())  # torch's takes several lines
+        raise InputError(f"--resume: {path} is damaged or of another model ({reason}); delete it, and the run begins at "
+                         "step 0") from error
+    return step
+
+
+def logged(path, columns, last_step):
+    """The losses in log.jsonl, dicts with these columns, up to a step: what came after it is done again.
+
+    Lines of other columns (the health at the end) and damaged ones are left out.
+    """
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            rows += [row for row in [json.loads(line)] if row.keys() == columns and fits([*row.values()], [float])
+                     and row["step"] <= last_step]
+    return rows
+
+
 def run(given, options, name):
     """One run, from settings to pictures. Returns its folder."""
     rank, world = data.process()
@@ -270,16 +337,8 @@ def run(given, options, name):
     config = resolve(given)
     folder = data.gathered(run_folder(name, config["dataset"], options.resume))[0]
     if options.resume:
-        try:
-            config = {**DEFAULTS, **json.loads((folder / "config.json").read_text())}
-        except (ValueError, TypeError, RecursionError) as error:
-            raise InputError(f"{folder / 'config.json'}: damaged ({error}); start another run") from error
-        check_settings(config, folder / "config.json")
+        config = resumed_settings(folder / "config.json", given)
         check(config, options)
-        different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items()
-                     if config.get(key) != value]
-        if different:
-            raise InputError(f"--resume: {folder} was started with other settings: {', '.join(different)}")
     device = evaluate.choose_device(options.device)
 
     # ---- data and backbone ----
@@ -341,22 +400,13 @@ def run(given, options, name):
     # ---- shifts: the feature correspondence above which a pair attracts ----
     pair_options = {"device": device, "center": config["center"], "dropout": config["dropout"], "seed": config["seed"]}
     if "shifts" not in config:  # a resumed run keeps them
-        given_shifts = [config["b_self"], config["b_knn"], config["b_rand"]]
-        if config["same_class"] or "auto" in given_shifts:
-            rates = config["same_class"] or same_class_rates(features.maps, neighbors, config["seed"])
+        shifts = [config["b_self"], config["b_knn"], config["b_rand"]]
+        if config["same_class"] or "auto" in shifts:
             pairs = evaluate.correspondences(features, neighbors, model.head, **pair_options)
-            quantiles = [F.quantile(1 - rate).item() for (F, _, _), rate in zip(pairs.values(), rates)]
-            if not config["same_class"]:
-                quantiles.append(quantiles[1])  # what corresponds in a neighbour does so in any other image
-            given_shifts = [quantile if config["same_class"] or shift == "auto" else shift
-                            for quantile, shift in zip(quantiles, given_shifts)]
-            print("shifts (self, knn, rand): " + ", ".join(f"{shift:.3f}" for shift in given_shifts))
-            print("shares of pairs that attract: " + ", ".join(
-                f"{100 * (F > shift).float().mean():.0f} %" for (F, _, _), shift in zip(pairs.values(), given_shifts)))
-            if train.has_labels:
-                print("shares of pairs of one class, by the labels: " + ", ".join(
-                    f"{100 * same[same >= 0].float().mean():.0f} %" for _, _, same in pairs.values()))
-        config["shifts"] = data.gathered(given_shifts)[0]
+            plain = evaluate.correspondences(features, neighbors, model.head, **{**pair_options, "center": False, "dropout": 0})
+            rates = config["same_class"] or same_class_rates(*(F for F, _, _ in plain.values()), config["num_clusters"])
+            shifts = shifts_at(rates, pairs, ["auto"] * 3 if config["same_class"] else shifts)
+        config["shifts"] = data.gathered(shifts)[0]
         if rank == 0:
             data.write_text(folder / "config.json", json.dumps(config, indent=1))
     stage_done("shifts")
@@ -369,33 +419,9 @@ def run(given, options, name):
     # ---- resume ----
     checkpoint, log, first_step = folder / "checkpoint.pt", folder / "log.jsonl", 0
     if options.resume and checkpoint.is_file():
-        try:
-            saved = read_tensors(checkpoint, device)
-            first_step = saved["training"]["step"]
-            if type(first_step) is not int or not 0 < first_step <= config["steps"]:
-                raise ValueError(f"step {first_step}")
-            check_weights(saved["model"], checkpoint)
-            model.load_state_dict({key: value for key, value in saved["model"].items() if not key.startswith("refit_probe")})
-            for part, optimizer in optimizers.items():
-                state = saved["training"]["optimizers"][part]["state"]
-                for moments in state.values():
-                    check_weights(moments, checkpoint)
-                optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-                if any({key: value.shape for key, value in optimizer.state[parameter].items()} != {
-                        "step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-                       for parameter in optimizer.param_groups[0]["params"]):
-                    raise ValueError(f"the optimizer of {part} has another state")
-        except (InputError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())  # torch's takes several lines
-            raise InputError(f"--resume: {checkpoint} is damaged or of another model ({reason}); delete it, and the run "
-                             "begins at step 0") from error
+        first_step = restore(checkpoint, model, optimizers, config["steps"])
         print(f"resumed at step {first_step}")
-    # What was logged after the checkpoint is done again, and so is the health.
-    rows, columns = [], {"step", "self", "knn", "rand", "cluster", *["linear"] * train.has_labels}
-    for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):  # a damaged line
-            rows += [row for row in [json.loads(line)] if row.keys() == columns and fits([*row.values()], [float])
-                     and row["step"] <= first_step]
+    rows = logged(log, {"step", "self", "knn", "rand", "cluster", *["linear"] * train.has_labels}, first_step)
 
     def write_log(*last):
         if rank == 0:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def forked(arguments, stage=None, fault=None, occurrence=0, delay=0.0):
             os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
         warnings.simplefilter("ignore", ResourceWarning)  # a file that Ctrl-C meets between open and with
         calls = itertools.count()
-        data.time.monotonic = itertools.count(0, 10).__next__  # an extraction notes every batch, not every five seconds
+        data.time = types.SimpleNamespace(monotonic=itertools.count(0, 10).__next__)  # an extraction notes every batch
         data.extract_features = functools.partial(data.extract_features, batch_size=4)
         if stage:
             function = getattr(*stage)
