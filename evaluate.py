@@ -865,17 +865,13 @@ def draw_heatmaps(path, model, views, neighbors, n_images=5):
 # Command line
 # ---------------------------------------------------------------------------------------------------------------
 
-def model_probes(model, effective_rank=math.inf):
-    """name -> (probe, what it reads) of a trained model, and the name of the probe whose clusters are the prediction.
-
-    That is k-means on the finished codes, which does not depend on luck; but where the codes use fewer directions than
-    there are clusters (effective_rank, see diagnose), k-means has to cut some directions in pieces. The online probe
-    leaves the centroids empty that it does not need, and is the prediction then.
-    """
+def model_probes(model):
+    """name -> (probe, what it reads) of a trained model, and the name of the probe whose clusters are the prediction: of
+    k-means on the finished codes, whose mean cosine is higher and does not depend on luck, if that was done."""
     probes = {ONLINE: (model.cluster_probe, "codes"), REFIT: (model.refit_probe, "codes"),
               LINEAR: (model.linear_probe, "codes")}
     probes = {name: entry for name, entry in probes.items() if entry[0] is not None}
-    return probes, REFIT if REFIT in probes and effective_rank >= len(model.cluster_probe.centroids) else ONLINE
+    return probes, REFIT if REFIT in probes else ONLINE
 
 
 def choose_device(name):
@@ -961,7 +957,7 @@ def main():
     parser.add_argument("--cache-dir", default="cache", help="where it is kept which files were found readable, and where "
                         "--baseline and --correspondences find or put features")
     parser.add_argument("--clusters", choices=("refit", "online"), help="k-means on the finished codes, or the probe that "
-                        "was trained beside the head (default: as training decided from the codes' effective rank)")
+                        "was trained beside the head (default: the former where there is one)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the backbone's matrix products (default: bfloat16 where the device has it)")
@@ -989,7 +985,7 @@ def main():
                                          "neighbors", "center", "code_dim", "steps"))
     model.bfloat16 = choose_precision(args.precision, device)
     size = data.round_to_patch(args.eval_resolution or config["eval_resolution"], model.backbone.patch_size)
-    probes, prediction = model_probes(model, config.get("effective_rank", math.inf))
+    probes, prediction = model_probes(model)
     if args.clusters == "refit" and not model.refit_probe:
         raise InputError(f"--clusters refit: {path} has no clusters of finished codes, only those of the online probe")
     if args.clusters:

@@ -747,7 +747,7 @@ SETTING_KINDS = {
     **dict.fromkeys(("resolution", "eval_resolution", "code_dim", "batch_size", "steps", "neighbors", "seed"), int),
     **dict.fromkeys(("num_classes", "num_clusters"), (int, None)),
     **dict.fromkeys(("center", "zero_clamp", "stabilize", "crf"), bool),
-    **dict.fromkeys(("dropout", "lr", "probe_lr", "lambda_self", "lambda_knn", "lambda_rand", "effective_rank"), float),
+    **dict.fromkeys(("dropout", "lr", "probe_lr", "lambda_self", "lambda_knn", "lambda_rand"), float),
     **dict.fromkeys(("b_self", "b_knn", "b_rand"), (float, "auto")), "same_class": ([float, float, float], None),
     "shifts": [float, float, float], "classes": [str], "palette": [[int, int, int]]}
 

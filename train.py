@@ -497,14 +497,14 @@ def run(given, options, name):
         health, wrong = evaluate.diagnose(codes.cpu(), fitted[0], pairs, config["shifts"])
         write_log({"step": config["steps"], **health})
         print("health: " + ", ".join(f"{name} {value:.2f}" for name, value in health.items()))
-        fitted += [health["effective_rank"], wrong]
-    *fitted, config["effective_rank"], config["warnings"] = data.gathered(fitted)[0]
+        fitted.append(wrong)
+    *fitted, config["warnings"] = data.gathered(fitted)[0]
     model.refit_probe, raw_probe = (probe.to(device) for probe in fitted)
     save(config["steps"])
     stage_done("clusters")
 
     # ---- evaluation ----
-    own, prediction = evaluate.model_probes(model, config["effective_rank"])
+    own, prediction = evaluate.model_probes(model)
     probes = {evaluate.RAW: (raw_probe, "features"), **own}
     confusions, samples = evaluate.evaluate(model, val, eval_size, probes, config["crf"], workers=options.workers)
     stage_done("evaluation")
