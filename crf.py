@@ -3,8 +3,8 @@
 Every two pixels i, j are joined by two Gaussian kernels of their positions p and colours I (Krähenbühl & Koltun,
 "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", NeurIPS 2011):
 
-    k_g(i, j) = exp(-|p_i - p_j|^2 / 2 gaussian_std^2)                                                  smoothness
-    k_b(i, j) = exp(-|p_i - p_j|^2 / 2 bilateral_xy_std^2 - |I_i - I_j|^2 / 2 bilateral_rgb_std^2)      appearance
+    k_g(i, j) = exp(-|p_i - p_j|^2 / (2 gaussian_std^2))                                                    smoothness
+    k_b(i, j) = exp(-|p_i - p_j|^2 / (2 bilateral_xy_std^2) - |I_i - I_j|^2 / (2 bilateral_rgb_std^2))      appearance
 
 Mean field approximates the labelling by independent Q_i and repeats (their algorithm 1, with a Potts model)
 
@@ -25,7 +25,7 @@ What makes it fast in NumPy (values are rows of C floats, irregular access is `n
 - where k_g reaches but three pixels, slice . blur . splat is composed, once for all images of a size.
 
 As pydensecrf, whose results it equals to rounding: the term j = i stays in the sum, probs are clipped at 1e-5.
-# as the authors' code (src/crf.py, eb4d6b5): colours enter as BGR; a lattice is not symmetric in the order of features.
+As in the authors' code (src/crf.py, eb4d6b5) colours enter as BGR; a lattice is not symmetric in the order of features.
 One call keeps one core busy: for many images run one process a core, each with one BLAS thread.
 """
 import functools
@@ -44,9 +44,9 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
 
         Q <- softmax(log probs + gaussian_weight * K_g Q + bilateral_weight * K_b Q),    K normalised to n k n
 
-    image: (H, W, 3) uint8, RGB. probs: (C, H, W) floats, sums over C of 1. gaussian_std and bilateral_xy_std in pixels,
+    image: (H, W, 3) uint8, RGB. probs: (C, H, W) floats that sum to 1 over C. gaussian_std and bilateral_xy_std in pixels,
     bilateral_rgb_std in grey levels of 0..255. A kernel of weight 0 is left out, at no cost.
-    Returns Q after `iterations` updates, (C, H, W) float32, sums over C of 1.
+    Returns Q after `iterations` updates, (C, H, W) float32 that sum to 1 over C.
     Raises ValueError for a wrong shape or dtype, for probs that are not finite, for a standard deviation that is not
     positive (or too small to number the cells of its lattice), for a negative weight or number of iterations.
     """

@@ -214,7 +214,7 @@ class Directory(Files):
     """imgs/{train,val}/*, optional labels/{train,val}/*.png paired by stem and classes.txt; or a folder of images, or one.
 
     n_classes defaults to the lines of classes.txt. Where there is no imgs/val, "val" is the training images again;
-    split None is every image below root, without labels.
+    split None is every image below imgs, or below root where there is no imgs, without labels.
     """
 
     def __init__(self, root, split, n_classes=None):
@@ -224,10 +224,10 @@ class Directory(Files):
         folder, labels = root, None
         if root.is_file():
             folder = root.parent
-        elif split and (root / "imgs").is_dir():
+        elif (root / "imgs").is_dir():
             if split == "val" and not (root / "imgs/val").is_dir():
                 split = "train"
-            folder, labels = root / "imgs" / split, root / "labels" / split
+            folder, labels = root / "imgs" / (split or ""), split and root / "labels" / split
         files = [root] if root.is_file() else files_below(folder)
         images = [path for path in files if path.suffix.lower() in SUFFIXES
                   and (path.is_file() or path.is_symlink() and not path.exists())]  # a broken link is told, not overlooked
@@ -263,14 +263,14 @@ class Layout(NamedTuple):
     image: str
     label: str
     lists: dict  # split -> file of its ids, one a line; None: all images there are
-    id: str  # what an id looks like, an expression that no ../x matches; a glob where there are no lists
+    id: str  # what an id looks like, a regular expression (so that no ../x is one), or a glob where there are no lists
     names: tuple
     classes: tuple  # class of each id that a label file may hold; ids beyond them are void
     source: str
     palette: tuple | None = None
 
 
-# CocoStuff 164k: ids 0 to 181 in 27 classes, as in the authors' data.py:263-279. The things, 0 to 90, come in runs (class,
+# CocoStuff 164k: ids 0 to 181 in 27 classes, as in the authors' data.py:267-283. The things, 0 to 90, come in runs (class,
 # length); the stuff is in alphabetical order, where classes alternate, so each takes a letter: a = 12 to o = 26.
 COCO_THINGS = ((9, 1), (11, 8), (8, 6), (7, 10), (6, 8), (10, 10), (5, 8), (2, 10), (3, 10), (0, 6), (1, 6), (4, 8))
 COCO_STUFF = "ffkiikdnebaafflddfdjdnbbbbbkoccdkjjmikdfedkmjfnejfkejjnjojmifcjodlijmdmkndiffkcgggggggoohhm"
@@ -311,7 +311,7 @@ LAYOUTS = {
          (180, 165, 180), (150, 100, 100), (150, 120, 90), (153, 153, 153), (153, 153, 153), (250, 170, 30), (220, 220, 0),
          (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
          (0, 0, 90), (0, 0, 110), (0, 80, 100), (0, 0, 230), (119, 11, 32))),
-    # ids 0 to 5: road, building, low vegetation, tree, car, clutter. The authors train on the labelled part (data.py:127).
+    # ids 0 to 5: road, building, low vegetation, tree, car, clutter. The authors train on the labelled part (data.py:129).
     "potsdam": Layout(
         "potsdam", "imgs/{id}.mat", "gt/{id}.mat",
         {"train": "labelled_train.txt", "val": "labelled_test.txt", "unlabelled_train": "unlabelled_train.txt"},
@@ -539,8 +539,7 @@ def views(image, size, crop):
 
 def normalize(images):
     """uint8 (N, 3, H, W) -> float32 with ImageNet's mean and standard deviation, on the same device."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return (images.float() / 255 - mean) / std
+    return TF.normalize(images.float() / 255, IMAGE_MEAN, IMAGE_STD)
 
 
 class Views(torch.utils.data.Dataset):

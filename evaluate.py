@@ -118,7 +118,7 @@ def scores(confusion, assignment):
     confusion: (n_clusters, n_classes) counts. assignment: (n_clusters,) class of each cluster, -1 for none.
     Returns {"miou", "accuracy", "iou" per class}. A class that is neither in the labels nor predicted is NaN and not
     in the mean; without any labelled pixel all are NaN.
-    # differs from the authors' code: pixels of an unmatched cluster are errors; theirs drops them (utils.py:223).
+    # differs from the authors' code: pixels of an unmatched cluster are errors; theirs ignores those of clusters n_classes and above (utils.py:223).
     """
     confusion, assignment = np.asarray(confusion), np.asarray(assignment)
     as_class = np.zeros((confusion.shape[1],) * 2)  # [predicted class, true class]
@@ -134,6 +134,11 @@ def scores(confusion, assignment):
 # ---------------------------------------------------------------------------------------------------------------
 # Clusters: cosine k-means on finished codes
 # ---------------------------------------------------------------------------------------------------------------
+
+def n_outputs(probe):
+    """How many clusters, or classes, a cluster or a linear probe tells apart."""
+    return len(probe.centroids) if isinstance(probe, ClusterProbe) else probe.out_channels
+
 
 @torch.no_grad()
 def kmeans(codes, n_clusters, restarts=20, seed=0, iterations=100):
@@ -243,19 +248,17 @@ def correspondences(features, neighbors, head, center, device, dropout=0.0, n_ba
     n, k = neighbors.shape
     for _ in range(n_batches):
         images = torch.randint(n, (min(batch_size, n),), generator=generator)
-        others = {"knn": neighbors[images, torch.randint(k, images.shape, generator=generator)],
-                  "rand": (images + torch.randint(1, n, images.shape, generator=generator)) % n}
-        points = {term: 2 * torch.rand(len(images), n_points, n_points, 2, generator=generator) - 1
-                  for term in ("self", "knn", "rand")}
+        indices = {"self": images, "knn": neighbors[images, torch.randint(k, images.shape, generator=generator)],
+                   "rand": (images + torch.randint(1, n, images.shape, generator=generator)) % n}
         read = {}
-        for term, indices in {"self": images, **others}.items():
-            maps = features.maps[indices].to(device).float()
-            at, labels = points[term].to(device), None
+        for term, chosen in indices.items():
+            points = 2 * torch.rand(len(images), n_points, n_points, 2, generator=generator) - 1
+            maps, at, labels = features.maps[chosen].to(device).float(), points.to(device), None
             if features.labels is not None:
-                labels = features.labels[indices]
+                labels = features.labels[chosen]
                 h, w = maps.shape[2:]
                 # the pixel of a point: -1 and 1 are the centres of the first and the last patch
-                x, y = ((points[term] + 1) / 2 * (torch.tensor([w, h]) - 1) + 0.5).unbind(3)
+                x, y = ((points + 1) / 2 * (torch.tensor([w, h]) - 1) + 0.5).unbind(3)
                 x, y = (x * labels.shape[2] / w).long(), (y * labels.shape[1] / h).long()
                 labels = labels[torch.arange(len(images))[:, None, None], y, x]
             read[term] = sample(nnf.dropout2d(maps, dropout), at), sample(head(maps), at), labels
@@ -272,10 +275,10 @@ def correspondences(features, neighbors, head, center, device, dropout=0.0, n_ba
 
 
 def precision_recall(similarity, same, n_points=200):
-    """(recall, precision, average precision) of "similar points have the same class", at n_points recalls.
+    """(recall, precision, average precision) of "similar points have the same class", at n_points evenly spaced ranks.
 
     similarity: (N,). same: (N,) of 1, 0 and -1 for pairs to leave out. Average precision: sum over the same-class pairs,
-    ranked by falling similarity, of the precision down to each, by their number.
+    ranked by falling similarity, of the precision down to each, divided by their number.
     """
     similarity, same = similarity[same >= 0], same[same >= 0]
     hit = same[similarity.argsort(descending=True)].double()
@@ -379,8 +382,7 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
     names = [name + suffix for name in probes for suffix in ("", " + CRF")[:1 + crf]]
     confusions, samples, pending = {}, [], []
     for name in names if collection.has_labels else ():
-        probe = probes[name.removesuffix(" + CRF")][0]
-        n_clusters = len(probe.centroids) if isinstance(probe, ClusterProbe) else probe.out_channels
+        n_clusters = n_outputs(probes[name.removesuffix(" + CRF")][0])
         confusions[name] = torch.zeros(n_clusters, collection.n_classes, dtype=torch.int64)
     wanted = set(np.linspace(0, len(collection) - 1, min(n_samples, len(collection))).round().astype(int).tolist())
 
@@ -447,7 +449,7 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
         print("\n" + table({name: [result] for name, result in results.items()}, prediction))
         matched = results[prediction]["assignment"]
         order = sorted(range(len(matched)), key=lambda k: (matched[k] < 0, matched[k], k))
-        draw_confusion(folder / "confusion.png", np.asarray(confusions[prediction])[order],
+        draw_confusion(folder / "confusion.png", np.asarray(confusions[prediction])[order], [matched[k] for k in order],
                        cluster_names(matched, collection.names, order), collection.names, collection.palette)
 
     for sentence in warnings:
@@ -462,8 +464,8 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
             if results:
                 matched = results[name]["assignment"]
             else:  # without classes: the colours of the predicted clusters that they share most pixels with
-                matched = hungarian(sum(confusion_matrix(sample[name], sample[prediction], n_clusters, n_clusters)
-                                        for sample in samples))
+                n = n_outputs(probes[name.removesuffix(" + CRF")][0])
+                matched = hungarian(sum(confusion_matrix(sample[name], sample[prediction], n, n_clusters) for sample in samples))
             colours = cluster_palette(matched, collection.palette)
             unmatched = unmatched or min(matched) < 0
             columns.append((name, [paint(sample[name], colours) for sample in samples]))
@@ -674,13 +676,12 @@ def draw_panel(path, columns, names, palette):
     save_picture(canvas, path)
 
 
-def draw_confusion(path, confusion, row_names, names, palette):
+def draw_confusion(path, confusion, assignment, row_names, names, palette):
     """Save a confusion matrix, true classes down and predictions across, as PNG.
 
-    confusion: (n_rows, n_classes) counts of pixels; row i is the cluster matched to class i, rows
-    past n_classes are unmatched clusters. row_names: n_rows labels; names: n_classes labels;
-    palette: (n_classes, 3) uint8. Drawn transposed, as is usual: a line shows what became of one
-    true class, in percent of its pixels. The line of a class that never occurs is grey.
+    confusion: (n_rows, n_classes) counts of pixels. assignment: the class of each row, a cluster, or -1. row_names: n_rows
+    labels; names: n_classes labels; palette: (n_classes, 3) uint8. Drawn transposed, as is usual: a line shows what became
+    of one true class, in percent of its pixels. The line of a class that never occurs is grey.
     """
     counts = np.asarray(confusion, float).T
     total = counts.sum(1, keepdims=True)
@@ -697,18 +698,18 @@ def draw_confusion(path, confusion, row_names, names, palette):
     canvas = Image.new("RGB", (bar + 60 + pad, pad + down + bottom), "white")
 
     # Upright text is written first, on the canvas turned clockwise, and turned back with it.
-    for labels, edge, start, title, at in (
-            (pred_names, bottom, left, "true class", (bottom + down / 2, pad + 8)),
-            (true_names, left, pad, "predicted", (left + across / 2, canvas.height - pad - 8))):
+    for labels, classes, edge, start, title, at in (
+            (pred_names, assignment, bottom, left, "true class", (bottom + down / 2, pad + 8)),
+            (true_names, range(n_true), left, pad, "predicted", (left + across / 2, canvas.height - pad - 8))):
         canvas = canvas.transpose(Image.Transpose.ROTATE_90)
         draw = ImageDraw.Draw(canvas)
         draw.text(at, title, "black", ImageFont.load_default(18), "mm")
         for i, label in enumerate(labels):
             x, y = edge - 8 - square, start + (i + 0.5) * cell
             draw.text((x - 6, y), label, "black", font, "rm", align="right")
-            if i < n_true:  # unmatched clusters have no colour
+            if classes[i] >= 0:  # unmatched clusters have no colour
                 box = (x, y - square / 2, x + square, y + square / 2)
-                draw.rectangle(box, tuple(palette[i].tolist()), "gray")
+                draw.rectangle(box, tuple(palette[classes[i]].tolist()), "gray")
 
     # One hue from light to dark, through a mid blue because light to navy directly looks grey.
     stops = ((236, 66, 8), (243, 146, 48), (251, 198, 107))  # red, green, blue at 0, 50, 100 %
@@ -874,6 +875,18 @@ def model_probes(model):
     return probes, REFIT if REFIT in probes else ONLINE
 
 
+def legend(config, prediction, n_clusters, path):
+    """(colours, names) of the clusters of a probe: those of the classes that training on labelled images matched them to, if
+    it did. config: from the checkpoint `path`, which is named in the InputError that damaged ones raise."""
+    try:
+        matched = config.get("assignments", {}).get(prediction)
+        palette = np.array(config.get("palette", data.class_palette(n_clusters)), np.uint8)
+        return (cluster_palette(matched or range(n_clusters), palette),
+                cluster_names(matched or [-1] * n_clusters, config.get("classes"), range(n_clusters)))
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: the names or colours of its classes are damaged ({error})") from error
+
+
 def choose_device(name):
     """The torch.device called `name`, or for "auto" the first there is of cuda, mps, cpu."""
     if name != "auto":
@@ -934,7 +947,7 @@ def run(main):
             dist.destroy_process_group()
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="checkpoint.pt of a training run, the run's folder, or the authors' .ckpt")
     modes = parser.add_mutually_exclusive_group()
@@ -966,15 +979,19 @@ def main():
     modes.add_argument("--compare", nargs="+", metavar="RUN", help="only print a table of these runs' scores, mean and "
                         "standard deviation over runs that differ in their seed alone")
     args = parser.parse_args()
-
-    if args.compare:
-        compare(args.compare)
-        return
-    if not args.checkpoint:
+    if not (args.checkpoint or args.compare):
         raise InputError("give --checkpoint FILE, or --compare RUN RUN ...")
     if args.predict and not args.out:
         raise InputError("--predict needs --out FOLDER for the results")
     check_limits(vars(args), {"eval_resolution": (1, math.inf), "workers": (0, math.inf)})
+    return args
+
+
+def main():
+    args = parse_args()
+    if args.compare:
+        compare(args.compare)
+        return
     path = Path(args.checkpoint)
     path = path / "checkpoint.pt" if path.is_dir() else path
     data.join_processes()
@@ -993,15 +1010,9 @@ def main():
     if args.predict:
         if world > 1:
             raise InputError("--predict is for one process: start it without torchrun")
-        # After training on labelled images the clusters of this probe have the names and colours of classes.
-        n = len(probes[prediction][0].centroids)
-        try:
-            named = config.get("assignments", {}).get(prediction)
-            names = cluster_names(named or [-1] * n, config.get("classes"), range(n))
-            palette = cluster_palette(named or range(n), np.array(config.get("palette", data.class_palette(n)), np.uint8))
-        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise InputError(f"{path}: the names or colours of its classes are damaged ({error})") from error
-        n, bad = predict_folder(model, probes[prediction][0], args.predict, args.out, size, palette, names, args.crf)
+        probe = probes[prediction][0]
+        n, bad = predict_folder(model, probe, args.predict, args.out, size, *legend(config, prediction, n_outputs(probe), path),
+                                args.crf)
         print(f"{n} images segmented into {args.out}")
         if bad and not args.skip_bad:
             raise InputError(f"{data.listed(bad)}; all others are segmented")

@@ -51,7 +51,7 @@ BACKBONES = {  # name -> address or file of the weights
        for vit in ("vits14", "vitb14", "vitl14") for reg in ("", "_reg")},
 }
 
-# The settings of the paper's results, checked against the configurations stored in the authors' released checkpoints.
+# The settings of the paper's results, checked against the authors' configuration file and those in their checkpoints.
 # code_dim is the paper's K; center is the spatial centring of F. "scenes" is the embedded default, ours.
 PRESETS = {
     "scenes": {
@@ -346,8 +346,8 @@ def feature_correspondence(a, b, center=True):
 
         F <- F - mean_ij F + mean F
 
-    so that a point that corresponds to everything stands out as little as one that corresponds to nothing.
-    Returns (N, h, w, i, j).
+    so that a point that corresponds to everything stands out as little as one that corresponds to nothing. mean_ij is of
+    the one point of a, mean of the whole batch. Returns (N, h, w, i, j).
     """
     F = correlation(a, b)
     # differs from the paper: the global mean is put back, as the authors' code, modules.py:330-333.
@@ -391,9 +391,9 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
 
         L = lambda_self L_corr(x, x) + lambda_knn L_corr(x, x^knn) + lambda_rand mean over negatives L_corr(x, x^rand)
 
-    features, codes: of the images x, (N, D, h, w) and (N, K, h, w); *_knn of one nearest neighbour each. Every pair is
-    compared at n_points x n_points uniformly random points of either image, drawn once and shared by the terms. x^rand
-    are other images of the batch. lambdas, shifts: (self, knn, rand). Returns (L, {"self", "knn", "rand"}), scalars.
+    features, codes: of the images x, (N, D, h, w) and (N, K, h, w); *_knn of one nearest neighbour each. Of x the terms
+    share one set of n_points x n_points uniformly random points, of x^knn and x^rand a second. x^rand are other images of
+    the batch. lambdas, shifts: (self, knn, rand). Returns (L, {"self", "knn", "rand"}), scalars.
     """
     N, device = len(features), features.device
     points_a, points_b = (2 * torch.rand(N, n_points, n_points, 2, device=device) - 1 for _ in range(2))
@@ -422,14 +422,14 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
 def same_class_rates(F_self, F_knn, F_rand, n_classes):
     """Shares of the self, the knn and the rand pairs of points that show the same class, estimated without labels.
 
-    Two points of random images are taken to be of the same of n classes with the chance pi_rand = 1 / n. Those that are
-    not look as unlike in one image, or in neighbours, as in any two; and nearly all pairs up to the median m of F_rand are
-    not. So there are fewer pairs below m in an image, and in neighbours, just as fewer pairs are of different classes:
+    Ours, not the paper's. It assumes that (1) two points of random images share one of n classes with a chance of
+    pi_rand = 1 / n, as if these were of equal size; (2) F of pairs of different classes has the same distribution in an
+    image, in neighbours and in random images; (3) pairs of one class hardly ever lie below m, the median of F_rand. Then
 
         P(F_t <= m) / P(F_rand <= m) = (1 - pi_t) / (1 - pi_rand),    t = self, knn
 
-    F_self, F_knn, F_rand: feature correspondences of random pairs of points of each kind, any shape. Ours, not the paper's.
-    Returns (pi_self, pi_knn, pi_rand).
+    F_self, F_knn, F_rand: feature correspondences of random pairs of points of each kind, any shape. n_classes: n, which
+    is taken to be the number of clusters. Returns (pi_self, pi_knn, pi_rand), none below pi_rand.
     """
     pi_rand = 1 / n_classes
     m = F_rand.median()

@@ -1,14 +1,14 @@
 """Train STEGO: frozen features once, a small head on their correspondences, clusters, scores and pictures.
 
     python train.py                                                     # the embedded scenes, offline
-    python train.py --dataset directory --data-root photos --num-classes 20           # a folder of your own images
+    python train.py --data-root photos --num-classes 20                 # a folder of your own images
     python train.py --preset cocostuff27-vits8 --data-root FOLDER       # the paper's data and settings
-    python train.py --preset cocostuff27-vits8 --dataset directory --data-root photos # its settings, other images
+    python train.py --preset cocostuff27-vits8 --dataset directory --data-root photos --num-classes 20  # its settings
     python train.py --name mine --resume                                # go on with runs/mine after it was stopped
-    torchrun --nproc_per_node=4 train.py ...                            # the same run on four GPUs, or processes
+    torchrun --nproc_per_node=4 train.py ...                            # one run shared by four GPUs, or processes
 
-Everything goes into runs/<name>/: config.json, log.jsonl, losses.png, checkpoint.pt, scores.json, panel.png and
-confusion.png. Features go into --cache-dir, where every later run with the same images and backbone finds them.
+Everything goes into runs/<name>/: config.json, log.jsonl, losses.png, checkpoint.pt, diagnostics.png, scores.json,
+panel.png and confusion.png. Features go into --cache-dir, where every later run with the same images and backbone finds them.
 """
 import argparse
 import contextlib
@@ -63,7 +63,7 @@ DEFAULTS = {
     # run
     "batch_size": 16, "steps": 2000, "lr": 5e-4, "probe_lr": 5e-3, "seed": 0, "crf": True}
 
-# What each number may be, from the first on and below the second.
+# What each number may be: from (included), to (excluded).
 LIMITS = dict(
     num_classes=(1, data.VOID + 1), num_clusters=(1, data.VOID + 1), resolution=(1, math.inf), eval_resolution=(1, math.inf),
     code_dim=(1, math.inf), dropout=(0, 1), neighbors=(1, math.inf), batch_size=(2, math.inf),  # of one are no negatives
@@ -83,7 +83,7 @@ def parse_args():
                                      argument_default=argparse.SUPPRESS)
     switch = argparse.BooleanOptionalAction
     group = parser.add_argument_group("data")
-    group.add_argument("--preset", metavar="NAME", help="all settings of a published result; other options win over it: "
+    group.add_argument("--preset", metavar="NAME", help="all settings of a published result, or of the scenes; other options win over it: "
                        + ", ".join(PRESETS))
     group.add_argument("--dataset", metavar="NAME", help="directory: imgs/{train,val} or just a folder of images, "
                        "the default with --data-root; scenes: the embedded procedural landscapes, the default without; "
@@ -94,8 +94,8 @@ def parse_args():
                        "expect to tell apart (default: the lines of classes.txt)")
     group.add_argument("--skip-bad", action="store_true", help="leave out images and labels that cannot be read")
     group.add_argument("--resolution", type=int, help="side of the training views in pixels, rounded to whole patches "
-                       "(default 224)")
-    group.add_argument("--eval-resolution", type=int, help="side of the evaluated views (default 320)")
+                       "(default 224; the scenes: 128)")
+    group.add_argument("--eval-resolution", type=int, help="side of the evaluated views (default 320; the scenes: 128)")
     group.add_argument("--crop", choices=("none", "five"), help="five: each image gives its corners and centre at half "
                        "size, for collections of large or busy pictures (default none)")
     group.add_argument("--features", choices=("auto", "cached", "live"), default="auto", help="cached: kept on disk, the "
@@ -131,7 +131,7 @@ def parse_args():
     group.add_argument("--seeds", type=int, default=1, help="train so many heads, with seeds from --seed on, and print their "
                        "mean and spread (default 1)")
     group.add_argument("--resume", action="store_true", default=False, help="go on with the run of that name")
-    group.add_argument("--steps", type=int, help="training steps (default 2000)")
+    group.add_argument("--steps", type=int, help="training steps (default 2000; the scenes: 400)")
     group.add_argument("--batch-size", type=int, help="images in a step, each with a neighbour, of all processes "
                        "together (default 16)")
     group.add_argument("--lr", type=float, help="Adam's rate for the head (default 5e-4)")
@@ -147,9 +147,9 @@ def parse_args():
     for key in ("data_root", "backbone"):  # a run can be resumed and evaluated from another folder
         if os.path.exists(given.get(key, "")) and given[key] not in BACKBONES:
             given[key] = os.path.abspath(given[key])
-    names = ("begun", "name", "seeds", "resume", "features", "cache_gb", "cache_dir", "device", "workers",
+    names = ("name", "seeds", "resume", "features", "cache_gb", "cache_dir", "device", "workers",
              "checkpoint_every", "log_every")
-    options = argparse.Namespace(**{name: given.pop(name, None) for name in names})
+    options = argparse.Namespace(begun=None, **{name: given.pop(name, None) for name in names})
     return given, options
 
 
@@ -168,8 +168,11 @@ def resolve(given):
     return config
 
 
-def run_folder(name, dataset, resume):
-    """runs/<name>, or runs/<dataset> with the first number that is free; to resume, the last that is not."""
+def run_folder(name, dataset, resume, seeds=1):
+    """runs/<name>, or runs/<dataset> with the first number that is free; to resume, the last that is not.
+
+    Of several seeds it is the common part of their folders' names.
+    """
     def taken(folder):
         return (folder / "config.json").is_file()
 
@@ -182,8 +185,8 @@ def run_folder(name, dataset, resume):
         while taken(Path("runs") / f"{dataset}-{number}") or any(Path("runs").glob(f"{dataset}-{number}-seed*")):
             number += 1
         folder = Path("runs") / f"{dataset}-{number - resume}"
-    if resume and not taken(folder):
-        raise InputError(f"--resume: there is no run in {folder}")
+    if resume and not taken(folder) and not (seeds > 1 and any(Path("runs").glob(f"{folder.name}-seed*"))):
+        raise InputError(f"--resume: there is no run in {folder}; give its --name, and --seeds if it has several")
     return folder
 
 
@@ -194,7 +197,8 @@ def resumed_settings(path, given):
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({error}); start another run") from error
     check_settings(config, path)
-    different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items() if config.get(key) != value]
+    different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items()
+                 if config.get(key) != value and (key, value) != ("precision", "auto")]  # which was looked up at the start
     if different:
         raise InputError(f"--resume: {path.parent} was started with other settings: {', '.join(different)}")
     return config
@@ -328,10 +332,10 @@ def run(given, options, name):
     rank, world = data.process()
     seconds, started = {}, time.perf_counter()
 
-    def stage_done(name):
+    def stage_done(stage):
         """Notes what the stage took."""
         nonlocal started
-        seconds[name], started = round(time.perf_counter() - started, 1), time.perf_counter()
+        seconds[stage], started = round(time.perf_counter() - started, 1), time.perf_counter()
 
     # ---- settings ----
     config = resolve(given)
@@ -402,7 +406,7 @@ def run(given, options, name):
     if "shifts" not in config:  # a resumed run keeps them
         shifts = [config["b_self"], config["b_knn"], config["b_rand"]]
         if config["same_class"] or "auto" in shifts:
-            pairs = evaluate.correspondences(features, neighbors, model.head, **pair_options)
+            pairs = evaluate.correspondences(features, neighbors, model.head, **pair_options)  # F as the loss sees it
             plain = evaluate.correspondences(features, neighbors, model.head, **{**pair_options, "center": False, "dropout": 0})
             rates = config["same_class"] or same_class_rates(*(F for F, _, _ in plain.values()), config["num_clusters"])
             shifts = shifts_at(rates, pairs, ["auto"] * 3 if config["same_class"] else shifts)
@@ -443,9 +447,9 @@ def run(given, options, name):
         draw = torch.Generator().manual_seed(config["seed"] * 1_000_003 + step)
         batch_knn = neighbors[batch, torch.randint(k, (batch_size,), generator=draw)]
         mine = slice(rank, None, world)
-        read = [features.maps[batch[mine]], features.maps[batch_knn[mine]]]
-        read += [features.labels[batch[mine]]] if train.has_labels else []
-        return [tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor for tensor in read]
+        tensors = [features.maps[batch[mine]], features.maps[batch_knn[mine]]]
+        tensors += [features.labels[batch[mine]]] if train.has_labels else []
+        return [tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor for tensor in tensors]
 
     write_log()
     model.head.train()
@@ -531,7 +535,8 @@ def main():
             if options.seeds == 1:
                 run(given, options, options.name)
                 return
-            options.name = options.name or data.gathered(run_folder(None, resolve(given)["dataset"], options.resume).name)[0]
+            options.name = options.name or data.gathered(
+                run_folder(None, resolve(given)["dataset"], options.resume, options.seeds).name)[0]
             first, resume, folders = resolve(given)["seed"], options.resume, []
             for seed in range(first, first + options.seeds):
                 one = f"{options.name}-seed{seed}"

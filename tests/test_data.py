@@ -158,8 +158,10 @@ def test_without_val_the_training_images_are_evaluated(folder):
     assert val.split == "train" and len(val) == 3 and val.has_labels
 
 
-def test_without_a_split_every_image_counts(folder):
-    assert len(data.Directory(folder, None, 4)) == 3 + 1 + 3  # the labels are pictures too
+def test_without_a_split_every_image_counts_but_no_label(folder):
+    assert [path.relative_to(folder).as_posix() for path in data.Directory(folder, None, 1).images] == [
+        "imgs/train/a.png", "imgs/train/b.jpg", "imgs/train/sub/c.png", "imgs/val/v.png"]
+    assert len(data.Directory(folder / "labels", None, 1)) == 3
 
 
 def test_directory_says_what_is_wrong(folder):

@@ -349,3 +349,11 @@ def test_a_dying_crf_process_is_an_error_and_no_hang(model, monkeypatch):
 
 def die(image, probabilities):
     os._exit(1)
+
+
+def test_rows_of_a_confusion_matrix_have_the_colours_of_their_classes(tmp_path):
+    palette = data.class_palette(4)
+    evaluate.draw_confusion(tmp_path / "c.png", np.eye(3, 4), [1, 3, -1], "abc", ["w", "x", "y", "z"], palette)
+    pixels = np.asarray(data.read_image(tmp_path / "c.png")).reshape(-1, 3)
+    times = [int((pixels == colour).all(1).sum()) for colour in palette]
+    assert times[0] == times[2] > 100 and times[1] == times[3] == 2 * times[0]  # once down the side, once below

@@ -148,6 +148,14 @@ def test_baselines_and_correspondences_of_a_checkpoint(workplace, monkeypatch, c
     assert out.count("average precision") == 3
 
 
+def test_labels_to_train_alone_with_fewer_clusters_than_classes(workplace, monkeypatch):
+    for path in (workplace / "images/labels/val").iterdir():
+        path.unlink()
+    train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", "--num-clusters", "2", *SMALL)
+    assert json.loads((workplace / "runs/t/scores.json").read_text())["results"] == {}
+    assert data.read_image("runs/t/panel.png").width > 300
+
+
 # ---- several processes ----
 
 TRAIN_AND_TELL = f"""
@@ -392,3 +400,15 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(workplace,
         train_here(monkeypatch, "--data-root", "images", "--name", "t", *SMALL)
     with pytest.raises(stego.InputError, match="code_dim 6 instead of 5, lr 0.1 instead of 0.0005"):
         train_here(monkeypatch, "--resume", "--name", "t", "--code-dim", "6", "--steps", "12", "--lr", "0.1")
+
+
+def test_a_run_is_resumed_by_the_command_that_began_it(workplace, monkeypatch, capsys):
+    command = ["--data-root", "images", "--no-crf", "--precision", "auto", "--seeds", "2", *SMALL]
+    train_here(monkeypatch, *command)
+    (workplace / "runs/directory-1-seed1/scores.json").unlink()
+    capsys.readouterr()
+    train_here(monkeypatch, *command, "--resume")
+    assert capsys.readouterr().out.count("resumed at step 12") == 2
+    assert (workplace / "runs/directory-1-seed1/scores.json").is_file()
+    error = told(monkeypatch, capsys, train, "--data-root", "images", *SMALL, "--resume")
+    assert "no run in runs/directory-1; give its --name, and --seeds" in error
