@@ -249,16 +249,30 @@ def test_a_checkpoint_of_another_model_is_not_resumed(workplace, monkeypatch):
         train_here(monkeypatch, "--name", "t", "--resume")
 
 
-def test_crf_processes_end_with_a_parent_that_was_killed(workplace):
-    script = ("import evaluate, os\nif __name__ == '__main__':\n    pool = evaluate.crf_pool(1)\n"
-              "    print(pool.submit(os.getpid).result(), flush=True)\n    os.kill(os.getpid(), 9)")
+@pytest.mark.parametrize("start", [
+    "worker = evaluate.crf_pool(1).submit(os.getpid).result()",
+    "worker = iter(data.batches(Slow(), 1, 1)); next(worker)"])
+def test_workers_end_with_a_parent_that_was_killed(start, workplace):
+    script = f"""
+import os, data, evaluate
+class Slow(data.torch.utils.data.Dataset):
+    __len__ = lambda self: 2
+    def __getitem__(self, i):
+        print(os.getpid(), flush=True)
+        data.time.sleep(i * 100)
+        return data.torch.zeros(1), data.torch.zeros(1)
+if __name__ == "__main__":
+    {start}
+    print(worker if isinstance(worker, int) else "", flush=True)
+    os.kill(os.getpid(), 9)
+"""
     Path("pool.py").write_text(script)
     result = subprocess.run([sys.executable, "pool.py"], capture_output=True, text=True, check=False,
                             env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:
-            os.kill(int(result.stdout), 0)
+            os.kill(int(result.stdout.split()[0]), 0)
         except ProcessLookupError:
             return
         time.sleep(0.05)
