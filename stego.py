@@ -423,15 +423,19 @@ def same_class_rates(F_self, F_knn, F_rand, n_classes):
     """Shares of the self, the knn and the rand pairs of points that show the same class, estimated without labels.
 
     Ours, not the paper's. It assumes that (1) two points of random images share one of n classes with a chance of
-    pi_rand = 1 / n, as if these were of equal size; (2) F of pairs of different classes has the same distribution in an
-    image, in neighbours and in random images; (3) pairs of one class hardly ever lie below m, the median of F_rand. Then
+
+        pi_rand = n E[size^2] / (n E[size])^2 = 4 / (3 n)
+
+    as if the sizes of classes lay evenly between nothing and twice their mean; (2) F of pairs of different classes has the
+    same distribution in an image, in neighbours and in random images; (3) pairs of one class hardly ever lie below m, the
+    median of F_rand. Then
 
         P(F_t <= m) / P(F_rand <= m) = (1 - pi_t) / (1 - pi_rand),    t = self, knn
 
     F_self, F_knn, F_rand: feature correspondences of random pairs of points of each kind, any shape. n_classes: n, which
     is taken to be the number of clusters. Returns (pi_self, pi_knn, pi_rand), none below pi_rand.
     """
-    pi_rand = 1 / n_classes
+    pi_rand = min(1, 4 / (3 * n_classes))
     m = F_rand.median()
     below = F_rand.le(m).float().mean()
     return tuple(max(pi_rand, 1 - (1 - pi_rand) * (F.le(m).float().mean() / below).item()) for F in (F_self, F_knn, F_rand))
