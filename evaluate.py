@@ -118,7 +118,8 @@ def scores(confusion, assignment):
     confusion: (n_clusters, n_classes) counts. assignment: (n_clusters,) class of each cluster, -1 for none.
     Returns {"miou", "accuracy", "iou" per class}. A class that is neither in the labels nor predicted is NaN and not
     in the mean; without any labelled pixel all are NaN.
-    # differs from the authors' code: pixels of an unmatched cluster are errors; theirs ignores those of clusters n_classes and above (utils.py:223).
+    # differs from the authors' code: pixels of an unmatched cluster are errors; theirs ignores those of clusters n_classes
+    # and above (utils.py:223).
     """
     confusion, assignment = np.asarray(confusion), np.asarray(assignment)
     as_class = np.zeros((confusion.shape[1],) * 2)  # [predicted class, true class]

@@ -407,8 +407,10 @@ def run(given, options, name):
         shifts = [config["b_self"], config["b_knn"], config["b_rand"]]
         if config["same_class"] or "auto" in shifts:
             pairs = evaluate.correspondences(features, neighbors, model.head, **pair_options)  # F as the loss sees it
-            plain = evaluate.correspondences(features, neighbors, model.head, **{**pair_options, "center": False, "dropout": 0})
-            rates = config["same_class"] or same_class_rates(*(F for F, _, _ in plain.values()), config["num_clusters"])
+            rates = config["same_class"]
+            if not rates:
+                plain = evaluate.correspondences(features, neighbors, model.head, **{**pair_options, "center": False, "dropout": 0})
+                rates = same_class_rates(*(F for F, _, _ in plain.values()), config["num_clusters"])
             shifts = shifts_at(rates, pairs, ["auto"] * 3 if config["same_class"] else shifts)
         config["shifts"] = data.gathered(shifts)[0]
         if rank == 0:
