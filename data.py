@@ -3,12 +3,12 @@
 The backbone is frozen and a view of an image never changes, so every feature is computed once: `extract_features`
 fills a float16 memory map and training only reads it. One image has one view (centre crop) or five (five-crop).
 """
-import colorsys
 import contextlib
 import datetime
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -410,23 +410,20 @@ class Scenes:
         return f"scenes {scenes.VERSION} {self.split} {self.n_images}"
 
 
+@functools.cache
 def class_palette(n):
-    """Colours of n classes, (n, 3) uint8: always the same, all distinct, never black (= void)."""
+    """Colours of n classes, (n, 3) uint8: always the same, all distinct, neither black (= void) nor white."""
     # The first seven are the palette of Okabe and Ito; the rest were picked to stay apart from them
     # and from each other, by lightness where a colour-blind reader cannot tell the hues.
     colours = [(0, 114, 178), (230, 159, 0), (0, 158, 115), (240, 228, 66), (204, 121, 167),
                (86, 180, 233), (213, 94, 0), (80, 0, 120), (235, 235, 180), (80, 40, 0),
                (120, 250, 250), (40, 80, 80), (150, 250, 120), (0, 0, 250), (235, 180, 180),
                (40, 40, 80), (210, 0, 180), (150, 150, 80), (150, 20, 40), (130, 130, 130)]
-    k = 0
-    while len(colours) < n:  # golden-ratio steps spread the hues evenly, however many there are
-        saturation, value = 1 - 0.65 * (k * 0.754878 % 1), 1 - 0.6 * (k * 0.569840 % 1)
-        rgb = np.multiply(colorsys.hsv_to_rgb(k * 0.618034 % 1, saturation, value), 255).round()
-        # Skip what is close to a colour already there, ever less strictly, so that the loop ends.
-        if np.abs(rgb - colours).sum(1).min() >= max(1, 100 - k / 8):
-            colours.append(tuple(rgb))
-        k += 1
-    return np.array(colours[:n]).astype(np.uint8).reshape(n, 3)
+    grid = np.array(list(itertools.product(range(0, 256, 42), repeat=3)))
+    while len(colours) < n:  # then always the one that is farthest from all there are
+        apart = np.abs(grid[:, None] - [*colours, (0, 0, 0), (255, 255, 255)]).sum(2).min(1)
+        colours.append(tuple(grid[apart.argmax()]))
+    return np.array(colours[:n], np.uint8)
 
 
 DATASETS = ("directory", "scenes", *LAYOUTS)

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -32,9 +33,11 @@ from tqdm import tqdm
 import data
 from crf import dense_crf
 from stego import (
+    DEFAULTS,
     VOID,
     ClusterProbe,
     InputError,
+    Number,
     check_settings,
     correlation,
     feature_correspondence,
@@ -255,20 +258,16 @@ def correspondences(features, neighbors, head, center, device, dropout=0.0, n_ba
         for term, chosen in indices.items():
             points = 2 * torch.rand(len(images), n_points, n_points, 2, generator=generator) - 1
             maps, at, labels = features.maps[chosen].to(device).float(), points.to(device), None
-            if features.labels is not None:
-                labels = features.labels[chosen]
-                h, w = maps.shape[2:]
-                # the pixel of a point: -1 and 1 are the centres of the first and the last patch
-                x, y = ((points + 1) / 2 * (torch.tensor([w, h]) - 1) + 0.5).unbind(3)
-                x, y = (x * labels.shape[2] / w).long(), (y * labels.shape[1] / h).long()
-                labels = labels[torch.arange(len(images))[:, None, None], y, x]
+            if features.labels is not None:  # where -1 and 1 are not the centres of patches, but the edges of the image
+                points = points * (1 - 1 / torch.tensor([maps.shape[3], maps.shape[2]]))
+                labels = nnf.grid_sample(features.labels[chosen][:, None].float(), points, mode="nearest", align_corners=False)
             read[term] = sample(nnf.dropout2d(maps, dropout), at), sample(head(maps), at), labels
         f, s, label = read["self"]
         for term, (f_other, s_other, label_other) in read.items():
             F, S = feature_correspondence(f, f_other, center).cpu(), correlation(s, s_other).cpu()
             same = None
             if label is not None:
-                a, b = label[:, :, :, None, None], label_other[:, None, None]
+                a, b = label[:, 0, :, :, None, None], label_other[:, :, None]
                 same = (a == b).char().masked_fill((a == VOID) | (b == VOID), -1).flatten()
             found[term].append((F.flatten(), S.flatten(), same))
     return {term: tuple(None if part[0] is None else torch.cat(part) for part in zip(*parts))
@@ -504,27 +503,20 @@ def table(results, prediction=None):
 
 
 def compare(folders):
-    """Prints a table for each group of runs that differ in nothing but their seed: mean ± standard deviation."""
+    """Prints a table for each group of runs whose folders differ in -seedN alone: mean ± standard deviation."""
     groups = {}
-    for folder in map(Path, folders):
+    for folder in folders:
         try:
-            summary = json.loads((folder / "scores.json").read_text())
-            home = folder if (folder / "config.json").is_file() else folder.parent  # of what evaluate.py wrote
-            config = json.loads((home / "config.json").read_text())
-            for name in ("seed", "shifts"):  # automatic shifts depend on the seed
-                config.pop(name, None)
-            results, prediction = ({name: {score: float(result[score]) for score in ("miou", "accuracy")}
-                                    for name, result in summary["results"].items()}, summary["prediction"])
-            results.update({name.replace(prediction, "the prediction"): result for name, result in results.items()
-                            if name.startswith(prediction)})
+            summary = json.loads((Path(folder) / "scores.json").read_text())
+            scored = {name: {score: float(result[score]) for score in ("miou", "accuracy")}
+                      for name, result in summary["results"].items()}
+            group = re.sub(r"-seed\d+", "", str(folder)), str(summary["prediction"])
         except Exception as error:  # whatever it is that other files lead to
             raise InputError(f"--compare {folder}: not the folder of a finished run ({error!r:.200})") from error
-        groups.setdefault(json.dumps(config, sort_keys=True), []).append(results)
-    settings = [json.loads(key) for key in groups]
-    differing = [name for name in settings[0] if len({str(config.get(name)) for config in settings}) > 1]
-    for config, runs in zip(settings, groups.values()):
-        print("\n" + ", ".join([f"runs: {len(runs)}", *(f"{name} {config.get(name)}" for name in differing)]))
-        print(table({name: [run[name] for run in runs if name in run] for name in runs[0]}))
+        groups.setdefault(group, []).append(scored)
+    for (name, prediction), runs in groups.items():
+        print(f"\n{name}, runs: {len(runs)}")
+        print(table({row: [run[row] for run in runs if row in run] for row in runs[0]}, prediction))
 
 
 def cluster_names(assignment, names, order):
@@ -881,9 +873,9 @@ def legend(config, prediction, n_clusters, path):
     it did. config: from the checkpoint `path`, which is named in the InputError that damaged ones raise."""
     try:
         matched = config.get("assignments", {}).get(prediction)
-        palette = np.array(config.get("palette", data.class_palette(n_clusters)), np.uint8)
+        palette = np.array(config.get("palette", data.class_palette(n_clusters)), np.uint8).reshape(-1, 3)
         return (cluster_palette(matched or range(n_clusters), palette),
-                cluster_names(matched or [-1] * n_clusters, config.get("classes"), range(n_clusters)))
+                cluster_names(matched or [-1] * n_clusters, list(map(str, config.get("classes", ()))), range(n_clusters)))
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: the names or colours of its classes are damaged ({error})") from error
 
@@ -907,14 +899,6 @@ def choose_precision(name, device):
         can = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to older releases of PyTorch
         return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def check_limits(values, limits):
-    """Raises InputError for an option among `values`, name -> value, that is outside its limits, name -> (low, high):
-    high is too much already."""
-    for name, (low, high) in limits.items():
-        if values[name] not in (None, "auto") and not low <= values[name] < high:  # NaN is nowhere
-            raise InputError(f"--{name.replace('_', '-')} must be at least {low} and less than {high}, it is {values[name]}")
 
 
 def default_workers():
@@ -960,7 +944,7 @@ def parse_args():
     parser.add_argument("--split", default="val", help="val (default) or train; dev of the scenes; unlabelled_train "
                         "of potsdam")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images and labels that cannot be read")
-    parser.add_argument("--eval-resolution", type=int, help="pixels of the shorter side, rounded to whole patches (default: "
+    parser.add_argument("--eval-resolution", type=Number(int, 1), help="pixels of the shorter side, rounded to whole patches (default: "
                         "as in training)")
     parser.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True,
                         help="sharpen with the dense CRF; --no-crf is several times faster")
@@ -975,16 +959,15 @@ def parse_args():
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the backbone's matrix products (default: bfloat16 where the device has it)")
-    parser.add_argument("--workers", type=int, default=default_workers(),
+    parser.add_argument("--workers", type=Number(int, 0), default=default_workers(),
                         help="processes that decode images and run CRFs (default: one a core, at most 8)")
-    modes.add_argument("--compare", nargs="+", metavar="RUN", help="only print a table of these runs' scores, mean and "
-                        "standard deviation over runs that differ in their seed alone")
+    modes.add_argument("--compare", nargs="+", metavar="RUN", help="only print the scores of these runs, mean and "
+                        "standard deviation over those whose names differ in -seedN alone")
     args = parser.parse_args()
     if not (args.checkpoint or args.compare):
         raise InputError("give --checkpoint FILE, or --compare RUN RUN ...")
     if args.predict and not args.out:
         raise InputError("--predict needs --out FOLDER for the results")
-    check_limits(vars(args), {"eval_resolution": (1, math.inf), "workers": (0, math.inf)})
     return args
 
 
@@ -999,8 +982,8 @@ def main():
     rank, world = data.process()
     device = choose_device(args.device)
     model, config = load_checkpoint(path, device)
-    check_settings(config, path, needed=("eval_resolution", "dataset", "data_root", "num_classes", "resolution", "crop",
-                                         "neighbors", "center", "code_dim", "steps"))
+    config = {**DEFAULTS, **config}
+    check_settings(config, path)
     model.bfloat16 = choose_precision(args.precision, device)
     size = data.round_to_patch(args.eval_resolution or config["eval_resolution"], model.backbone.patch_size)
     probes, prediction = model_probes(model)
@@ -1022,7 +1005,7 @@ def main():
         return
     collection = data.load_collection(args.dataset or config["dataset"], args.data_root or config["data_root"],
                                       args.split, config["num_classes"])
-    collections, skip_bad = [collection], args.skip_bad or config.get("skip_bad", False)
+    collections, skip_bad = [collection], args.skip_bad or config["skip_bad"]
     folder = path.with_suffix("") if path.suffix == ".ckpt" else path.parent  # several of the authors' lie side by side
     out = Path(args.out or folder / f"eval-{args.split}")
     if args.baseline or args.correspondences:
@@ -1048,7 +1031,7 @@ def main():
     if args.baseline:
         probes = {**baseline_probes(features, config["code_dim"], len(probes[prediction][0].centroids),
                                     train.n_classes if train.has_labels else None, config["steps"],
-                                    config.get("seed", 0), device),
+                                    config["seed"], device),
                   **probes}
     print(f"{len(collection)} images of {collection.root}, split {collection.split}, at {size} pixels")
     confusions, samples = evaluate(model, collection, size, probes, args.crf, workers=args.workers)

@@ -16,6 +16,7 @@ head is trained so that two points have similar codes where their features corre
 
 "As the authors' code" refers to github.com/mhamilton723/STEGO at commit eb4d6b5, below src/.
 """
+import argparse
 import collections
 import contextlib
 import difflib
@@ -25,9 +26,9 @@ import http.client
 import io
 import os
 import pickle
-import pickletools
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf  # so that F can be the paper's F
@@ -50,6 +51,98 @@ BACKBONES = {  # name -> address or file of the weights
     **{f"dinov2_{vit}{reg}": f"{DINOV2_URL}dinov2_{vit}/dinov2_{vit}{'_reg4' if reg else ''}_pretrain.pth"
        for vit in ("vits14", "vitb14", "vitl14") for reg in ("", "_reg")},
 }
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: one sentence that names it and how to mend it. The scripts exit with 2."""
+
+    def __str__(self):  # on one line, whatever the name of a file holds
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+
+
+def one_of(names, name):
+    """ "one of a, b, c", and which of these `name`, which is none of them, may have been meant to be."""
+    close = difflib.get_close_matches(str(name), names)
+    return f"one of {', '.join(names)}" + f" (did you mean {' or '.join(close)}?)" * bool(close)
+
+
+class Number(NamedTuple):
+    """What a setting may be: a number from low (included) to high (excluded), which NaN never is, or this word."""
+    kind: type  # int or float
+    low: float
+    high: float = 10 ** 9
+    word: str | None = None
+
+    def __contains__(self, value):
+        return value == self.word or type(value) in (int, self.kind) and self.low <= value < self.high
+
+    def __call__(self, text):
+        """The value that is typed as `text` on the command line."""
+        with contextlib.suppress(ValueError):
+            if (value := text if text == self.word else self.kind(text)) in self:
+                return value
+        kind = "an integer" if self.kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {kind} of at least {self.low} and less than {self.high}, it is {text}")
+
+
+POSITIVE, WEIGHT, RATE, SHIFT = Number(int, 1), Number(float, 0), Number(float, 0, 10), Number(float, -10, 10, "auto")
+
+# All settings of a run: what holds where neither a preset nor an option says otherwise, what else it may be, and advice.
+SETTINGS = {
+    "data": {
+        "dataset": ("directory", str, "directory: imgs/{train,val} or just a folder of images, the default with --data-root; scenes: "
+                    "embedded procedural landscapes, the default without; or cocostuff27, cocostuff15, cocostuff3, cityscapes, "
+                    "potsdam, voc, which say without --data-root what they need. A preset names its own"),
+        "data_root": (None, str, "where the images are"),
+        "num_classes": (None, Number(int, 1, VOID + 1), "of a directory: classes of the labels, or how many things you expect to "
+                        "tell apart (default: the lines of classes.txt)"),
+        "skip_bad": (False, bool, "leave out images and labels that cannot be read"),
+        "resolution": (224, POSITIVE, "side of the training views in pixels, rounded to whole patches"),
+        "eval_resolution": (320, POSITIVE, "side of the evaluated views"),
+        "crop": ("none", ("none", "five"), "five: an image's corners and centre at half size, for large or busy pictures")},
+    "model": {
+        "backbone": ("dino_vits8", str, f"a file of ViT weights, or one of {', '.join(BACKBONES)}"),
+        "facet": ("token", ("token", "key"), "which features of the backbone: the last tokens, or keys"),
+        "precision": ("auto", ("auto", "float32", "bfloat16"), "of the backbone's matrix products, all else is float32; bfloat16 "
+                      "is twice as fast where the device has it, which auto looks up"),
+        "code_dim": (70, POSITIVE, "numbers in a code, the paper's K"),
+        "dropout": (0.1, Number(float, 0, 1), "channel dropout of the features"),
+        "num_clusters": (None, Number(int, 1, VOID + 1), "clusters to find (default: as many as classes)")},
+    "objective": {  # the weights are those of the paper's Cityscapes model
+        "lambda_self": (1.0, WEIGHT, "weight of the pairs with the image itself"),
+        "lambda_knn": (0.577453483136995, WEIGHT, "weight of the pairs with a nearest neighbour"),
+        "lambda_rand": (0.9058762625226623, WEIGHT, "weight of the pairs with random images"),
+        "b_self": ("auto", SHIFT, "shift of these pairs: those whose features correspond more attract, others repel; raise it if "
+                   "the codes collapse into one cluster, lower it if they scatter; auto: from the features alone"),
+        "b_knn": ("auto", SHIFT, "the same with a nearest neighbour"),
+        "b_rand": ("auto", SHIFT, "the same with random images"),
+        "same_class": (None, Number(float, 0, 1), "instead of shifts, if you know the collection: the shares of the pairs of points of "
+                       "an image, of it and a neighbour, and of random images that show the same class, like 0.5 0.4 0.1"),
+        "center": (False, bool, "centre the feature correspondences spatially"),
+        "zero_clamp": (True, bool, "clamp the code correspondences at zero"),
+        "stabilize": (False, bool, "and at 0.8 from above"),
+        "neighbors": (7, POSITIVE, "how many nearest neighbours to draw the knn image from")},
+    "run": {
+        "steps": (2000, POSITIVE, "training steps"),
+        "batch_size": (16, Number(int, 2), "images in a step, each with a neighbour, of all processes together"),
+        "lr": (5e-4, RATE, "Adam's rate for the head"),
+        "probe_lr": (5e-3, RATE, "Adam's rate for the probes"),
+        "seed": (0, Number(int, 0, 2 ** 32), "of weights, batches, points and k-means"),
+        "crf": (True, bool, "evaluate with the CRF too; it takes most of that time")},
+}
+DEFAULTS = {name: default for group in SETTINGS.values() for name, (default, _, _) in group.items()}
+
+
+def check_settings(settings, path):
+    """Raises InputError where a setting of a run, read from the file `path`, is none that it may be."""
+    for group in SETTINGS.values():
+        for name, (default, kind, _) in group.items():
+            value = settings.get(name, default)
+            values = value if name == "same_class" and isinstance(value, list) and len(value) == 3 else [value]
+            if not (value == default and type(value) is type(default)
+                    or all(type(value) is kind if isinstance(kind, type) else value in kind for value in values)):
+                raise InputError(f"{path}: damaged, or of another program: the setting {name} is none that it can be")
+
 
 # The settings of the paper's results, checked against the authors' configuration file and those in their checkpoints.
 # code_dim is the paper's K; center is the spatial centring of F. "scenes" is the embedded default, ours.
@@ -77,19 +170,6 @@ PRESETS = {
         "code_dim": 70, "batch_size": 16, "steps": 5000, "center": True,
         "lambda_self": 0.67, "lambda_knn": 0.25, "lambda_rand": 0.63, "b_self": 0.08, "b_knn": 0.02, "b_rand": 0.76},
 }
-
-
-class InputError(ValueError):
-    """A mistake in what the user gave: one sentence that names it and how to mend it. The scripts exit with 2."""
-
-    def __str__(self):  # on one line, whatever the name of a file holds
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
-
-
-def one_of(names, name):
-    """ "one of a, b, c", and which of these `name`, which is none of them, may have been meant to be."""
-    close = difflib.get_close_matches(str(name), names)
-    return f"one of {', '.join(names)}" + f" (did you mean {' or '.join(close)}?)" * bool(close)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -166,7 +246,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, patch_size, embed_dim, depth, num_heads, image_size=224, registers=0, layer_scale=False):
         super().__init__()
-        if embed_dim % num_heads:
+        if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} cannot be split over {num_heads} heads")
         self.patch_size, self.embed_dim, self.num_heads, self.registers = patch_size, embed_dim, num_heads, registers
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
@@ -222,34 +302,20 @@ def vit_from_state_dict(state, num_heads=None):
     state = {key: value for key, value in state.items() if key != "mask_token"}  # DINOv2: used in pretraining only
     if any("rope" in key or key == "storage_tokens" for key in state):
         raise InputError("these are DINOv3 weights, whose rotary positions this ViT lacks; take DINO or DINOv2")
-    missing = {"patch_embed.proj.weight", "pos_embed", "cls_token", "norm.weight", "blocks.0.norm1.weight"} - state.keys()
-    if missing:
-        raise InputError(f"not a DINO or DINOv2 ViT: the weights lack {', '.join(sorted(missing))}")
-    if "reg_token" in state and state["pos_embed"].ndim == 3:
-        # timm's registers; it has added the class token's position to the class token itself
-        state["register_tokens"] = state.pop("reg_token")
-        state["pos_embed"] = nnf.pad(state["pos_embed"], (0, 0, 1, 0))  # which leaves zero as its position
-    patch, pos = state["patch_embed.proj.weight"], state["pos_embed"]
-    if patch.ndim != 4 or patch.shape[1] != 3 or patch.shape[2] != patch.shape[3] or not patch.numel():
-        raise InputError(f"patch_embed.proj.weight should be (D, 3, p, p), it is {tuple(patch.shape)}")
-    D, _, p, _ = patch.shape
-    side = round((pos.shape[1] - 1) ** 0.5) if pos.ndim == 3 else -1
-    if side < 1 or tuple(pos.shape) != (1, 1 + side ** 2, D):
-        raise InputError(f"pos_embed should be (1, 1 + side^2, {D}), it is {tuple(pos.shape)}")
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state and state["register_tokens"].ndim == 3 else 0
-    num_heads = num_heads or max(1, D // 64)
-    if num_heads < 0 or D % num_heads:
-        raise InputError(f"features of {D} numbers cannot be split over {num_heads} heads: give num_heads")
-    vit = VisionTransformer(p, D, depth, num_heads, side * p, registers, "blocks.0.ls1.gamma" in state)
-    for key, value in vit.state_dict().items():
-        if key not in state:
-            raise InputError(f"the weights lack {key}")
-        if state[key].shape != value.shape:
-            raise InputError(f"{key} should be {tuple(value.shape)}, it is {tuple(state[key].shape)}")
-    if state.keys() - vit.state_dict().keys():
-        raise InputError(f"unexpected weights: {', '.join(sorted(state.keys() - vit.state_dict().keys())[:5])}")
-    vit.load_state_dict(state)
+    try:
+        if "reg_token" in state:  # timm's registers; it has added the class token's position to the class token itself
+            state["register_tokens"] = state.pop("reg_token")
+            state["pos_embed"] = nnf.pad(state["pos_embed"], (0, 0, 1, 0))  # which leaves zero as its position
+        D, _, p, _ = state["patch_embed.proj.weight"].shape
+        side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+        with torch.device("meta"):  # shapes alone, whatever they would take
+            vit = VisionTransformer(p, D, depth, num_heads or max(1, D // 64), side * p, registers, "blocks.0.ls1.gamma" in state)
+        vit.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = f"the weights lack {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise InputError(f"not a DINO or DINOv2 ViT: {reason:.500}") from error
     return vit
 
 
@@ -535,33 +601,6 @@ def harmless(name, path):
                      "those who made it")
 
 
-def check_pickles(path):
-    """Whether the file is a zip file. Raises InputError for what would crash a reader or fill the memory: what is packed,
-    tuples in tuples in ..., whose hash is a recursion without bound, and objects that are numbered beyond all there are.
-
-    The bounds are several times what the checkpoints of the largest published models have.
-    """
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(path, "rb"))
-        zipped = file.read(4) == b"PK\3\4"  # what torch.load goes by
-        file.seek(0)
-        files = [file] * 5  # its old format: five pickles, then the numbers
-        if zipped:
-            archive = stack.enter_context(zipfile.ZipFile(file))
-            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
-                raise InputError(f"{path}: refused, because it is packed, which torch.save never does; unpack it and zip it "
-                                 "without compression")
-            files = [stack.enter_context(archive.open(member)) for member in archive.infolist()
-                     if member.filename.endswith("data.pkl")]
-        tuples = 0
-        for file in files:
-            for opcode, argument, _ in pickletools.genops(file):
-                tuples += opcode.name.startswith("TUPLE")
-                if tuples > 50_000 or opcode.name.endswith("PUT") and int(argument) > 2 ** 20:
-                    raise InputError(f"{path}: refused, because no model takes so many tuples or numbered objects")
-    return zipped
-
-
 def check_weights(state, path):
     """Raises InputError unless `state`, from this file, is str -> tensor of real numbers, all of which the file holds."""
     if not isinstance(state, dict) or not all(
@@ -584,7 +623,7 @@ def read_tensors(path, device="cpu"):
                          f"torch.save(safetensors.torch.load_file({str(path)!r}), 'weights.pth')")
     try:
         # torch.load itself takes old files that are no zip files with tensors and plain data alone
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if check_pickles(path) else []
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
         with torch.serialization.safe_globals([(harmless(name, path), name) for name in names]):
             return torch.load(path, map_location=device, weights_only=True)
     except InputError:
@@ -726,9 +765,8 @@ def load_checkpoint(path, device="cpu"):
     try:
         if "hyper_parameters" in saved:
             saved = from_authors(saved)
-        if (saved["format"] != "stego 1" or not fits(saved["facet"], ("token", "key"))
-                or not fits(saved["num_heads"], (int, None)) or not fits(saved["dropout"], float)
-                or not isinstance(saved["config"], dict)):
+        if (saved["format"] != "stego 1" or saved["facet"] not in ("token", "key") or not isinstance(saved["config"], dict)
+                or saved["num_heads"] not in (None, *range(1, 1000)) or saved["dropout"] not in Number(float, 0, 1)):
             raise KeyError("format")
         state = saved["model"]
         check_weights(state, path)
@@ -742,33 +780,3 @@ def load_checkpoint(path, device="cpu"):
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise InputError(f"{path}: neither a checkpoint of this program nor one of the authors' STEGO ({error})") from error
     return model.to(device).eval(), saved["config"]
-
-
-# What a setting may be that is read back from a file: of a type, one of several kinds (...), a list of one kind [...]
-SETTING_KINDS = {
-    **dict.fromkeys(("dataset", "backbone"), str), "data_root": (str, None), "crop": ("none", "five"),
-    "facet": ("token", "key"), "precision": ("auto", "float32", "bfloat16"),
-    **dict.fromkeys(("resolution", "eval_resolution", "code_dim", "batch_size", "steps", "neighbors", "seed"), int),
-    **dict.fromkeys(("num_classes", "num_clusters"), (int, None)),
-    **dict.fromkeys(("center", "zero_clamp", "stabilize", "crf"), bool),
-    **dict.fromkeys(("dropout", "lr", "probe_lr", "lambda_self", "lambda_knn", "lambda_rand"), float),
-    **dict.fromkeys(("b_self", "b_knn", "b_rand"), (float, "auto")), "same_class": ([float, float, float], None),
-    "shifts": [float, float, float], "classes": [str], "palette": [[int, int, int]]}
-
-
-def fits(value, kind):
-    """Whether value is of a kind as in SETTING_KINDS. A number is one within 1e9: no NaN, and nothing that overflows."""
-    if isinstance(kind, tuple):
-        return any(fits(value, one) for one in kind)
-    if isinstance(kind, list):
-        return isinstance(value, list) and len(kind) in (1, len(value)) and all(map(fits, value, kind * len(value)))
-    if kind in (int, float):
-        return type(value) in (int, kind) and abs(value) < 1e9
-    return type(value) is kind or type(value) is type(kind) and value == kind
-
-
-def check_settings(config, path, needed=()):
-    """Raises InputError where settings that were read from `path` lack one of those needed, or one is not of its kind."""
-    for name in (*needed, *config):
-        if name not in config or name in SETTING_KINDS and not fits(config[name], SETTING_KINDS[name]):
-            raise InputError(f"{path}: damaged, or of another program: the setting {name} is missing or none that it can be")

@@ -31,12 +31,14 @@ import data
 import evaluate
 from stego import (
     BACKBONES,
+    DEFAULTS,
     PRESETS,
+    SETTINGS,
     InputError,
+    Number,
     Stego,
     check_settings,
     check_weights,
-    fits,
     linear_probe_loss,
     load_backbone,
     lock,
@@ -47,109 +49,38 @@ from stego import (
     stego_loss,
 )
 
-# What holds where neither --preset nor an option says otherwise. The scenes have a preset of their own in stego.py.
-DEFAULTS = {
-    # data
-    "dataset": "directory", "data_root": None, "num_classes": None, "skip_bad": False, "crop": "none",
-    "resolution": 224, "eval_resolution": 320,  # pixels of the square view; rounded to whole patches
-    # model
-    "backbone": "dino_vits8", "facet": "token", "code_dim": 70, "dropout": 0.1,
-    "precision": "auto",  # of the frozen backbone; the rest is float32
-    "num_clusters": None,  # one for each class
-    # objective: weights of the paper's Cityscapes model; shifts from the share of pairs that attract, which is estimated
-    "lambda_self": 1.0, "lambda_knn": 0.577453483136995, "lambda_rand": 0.9058762625226623,
-    "b_self": "auto", "b_knn": "auto", "b_rand": "auto", "same_class": None,
-    "center": False, "zero_clamp": True, "stabilize": False, "neighbors": 7,
-    # run
-    "batch_size": 16, "steps": 2000, "lr": 5e-4, "probe_lr": 5e-3, "seed": 0, "crf": True}
-
-# What each number may be: from (included), to (excluded).
-LIMITS = dict(
-    num_classes=(1, data.VOID + 1), num_clusters=(1, data.VOID + 1), resolution=(1, math.inf), eval_resolution=(1, math.inf),
-    code_dim=(1, math.inf), dropout=(0, 1), neighbors=(1, math.inf), batch_size=(2, math.inf),  # of one are no negatives
-    **{f"lambda_{term}": (0, math.inf) for term in ("self", "knn", "rand")},
-    **{f"b_{term}": (-10, 10) for term in ("self", "knn", "rand")},  # of cosines
-    steps=(1, math.inf), lr=(0, math.inf), probe_lr=(0, math.inf), seed=(0, 2 ** 32), seeds=(1, math.inf),
-    workers=(0, math.inf), cache_gb=(0, math.inf), checkpoint_every=(1, math.inf), log_every=(1, math.inf))
-
-
-def shift(text):
-    return text if text == "auto" else float(text)
-
 
 def parse_args():
     """(given, options): the settings typed on the command line, and the options that no result depends on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
-    switch = argparse.BooleanOptionalAction
-    group = parser.add_argument_group("data")
-    group.add_argument("--preset", metavar="NAME", help="all settings of a published result, or of the scenes; other options win over it: "
-                       + ", ".join(PRESETS))
-    group.add_argument("--dataset", metavar="NAME", help="directory: imgs/{train,val} or just a folder of images, "
-                       "the default with --data-root; scenes: the embedded procedural landscapes, the default without; "
-                       f"published ones, which say without --data-root what they need: {', '.join(data.LAYOUTS)}. A preset "
-                       "names its own")
-    group.add_argument("--data-root", metavar="FOLDER", help="where the images are")
-    group.add_argument("--num-classes", type=int, help="of a directory: classes of the labels, or how many things you "
-                       "expect to tell apart (default: the lines of classes.txt)")
-    group.add_argument("--skip-bad", action="store_true", help="leave out images and labels that cannot be read")
-    group.add_argument("--resolution", type=int, help="side of the training views in pixels, rounded to whole patches "
-                       "(default 224; the scenes: 128)")
-    group.add_argument("--eval-resolution", type=int, help="side of the evaluated views (default 320; the scenes: 128)")
-    group.add_argument("--crop", choices=("none", "five"), help="five: each image gives its corners and centre at half "
-                       "size, for collections of large or busy pictures (default none)")
+    parser.add_argument("--preset", metavar="NAME", help="all settings of a published result, or of the scenes; other options win "
+                        f"over it: {', '.join(PRESETS)}")
+    for title, settings in SETTINGS.items():
+        group = parser.add_argument_group(title)
+        for name, (default, kind, advice) in settings.items():
+            how = ({"action": argparse.BooleanOptionalAction} if kind is bool else {"choices": kind} if type(kind) is tuple else
+                   {"type": kind, "nargs": 3 if name == "same_class" else None})
+            group.add_argument(f"--{name.replace('_', '-')}", **how,
+                               help=advice if default is None else f"{advice} (default {default})")
+    group.add_argument("--name", default=None, help="results go into runs/<name> (default: the data set's name, numbered)")
+    group.add_argument("--seeds", type=Number(int, 1), default=1, help="train so many heads, with seeds from --seed on, and print "
+                       "their mean and spread (default 1)")
+    group.add_argument("--resume", action="store_true", default=False, help="go on with the run of that name")
     group.add_argument("--features", choices=("auto", "cached", "live"), default="auto", help="cached: kept on disk, the "
                        "backbone sees each view once; live: computed at every step; auto (default): cached if they fit")
-    group.add_argument("--cache-gb", type=float, default=100, help="gigabytes that auto may fill (default 100)")
+    group.add_argument("--cache-gb", type=Number(float, 0), default=100, help="gigabytes that auto may fill (default 100)")
     group.add_argument("--cache-dir", default="cache", help="where features are kept; they can be large (default cache)")
-
-    group = parser.add_argument_group("model")
-    group.add_argument("--backbone", help=f"a file of ViT weights, or one of {', '.join(BACKBONES)}")
-    group.add_argument("--facet", choices=("token", "key"), help="which features: the last tokens (default) or keys")
-    group.add_argument("--precision", choices=("auto", "float32", "bfloat16"), help="of the backbone's matrix products; "
-                       "bfloat16 is twice as fast where the device has it, which auto (the default) looks up")
-    group.add_argument("--code-dim", type=int, help="numbers in a code, the paper's K (default 70)")
-    group.add_argument("--dropout", type=float, help="channel dropout of the features (default 0.1)")
-    group.add_argument("--num-clusters", type=int, help="clusters to find (default: as many as classes)")
-
-    group = parser.add_argument_group("objective")
-    for term, meaning in (("self", "the image itself"), ("knn", "a nearest neighbour"), ("rand", "random images")):
-        group.add_argument(f"--lambda-{term}", type=float, help=f"weight of the pairs with {meaning}")
-        group.add_argument(f"--b-{term}", type=shift, help="their shift: features that correspond more than this attract, the "
-                           "others repel; raise it if the codes collapse into one cluster, lower it if they scatter; auto "
-                           "(default without a preset): from the features alone")
-    group.add_argument("--same-class", type=float, nargs=3, metavar="SHARE", help="instead of shifts, if you know the "
-                       "collection: the shares of the pairs of points of an image, of an image and its neighbour, and of two "
-                       "random images that show the same class, like 0.5 0.4 0.1")
-    group.add_argument("--center", action=switch, help="centre the feature correspondences spatially")
-    group.add_argument("--zero-clamp", action=switch, help="clamp the code correspondences at zero")
-    group.add_argument("--stabilize", action=switch, help="and at 0.8 from above")
-    group.add_argument("--neighbors", type=int, help="how many nearest neighbours to draw the knn image from (default 7)")
-
-    group = parser.add_argument_group("run")
-    group.add_argument("--name", help="results go into runs/<name> (default: the data set's name, numbered)")
-    group.add_argument("--seeds", type=int, default=1, help="train so many heads, with seeds from --seed on, and print their "
-                       "mean and spread (default 1)")
-    group.add_argument("--resume", action="store_true", default=False, help="go on with the run of that name")
-    group.add_argument("--steps", type=int, help="training steps (default 2000; the scenes: 400)")
-    group.add_argument("--batch-size", type=int, help="images in a step, each with a neighbour, of all processes "
-                       "together (default 16)")
-    group.add_argument("--lr", type=float, help="Adam's rate for the head (default 5e-4)")
-    group.add_argument("--probe-lr", type=float, help="Adam's rate for the probes (default 5e-3)")
-    group.add_argument("--seed", type=int, help="of weights, batches, points and k-means (default 0)")
-    group.add_argument("--crf", action=switch, help="evaluate with the CRF too (default); it takes most of that time")
     group.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
-    group.add_argument("--workers", type=int, default=evaluate.default_workers(),
+    group.add_argument("--workers", type=Number(int, 0), default=evaluate.default_workers(),
                        help="processes that decode images and run CRFs (default: one a core, at most 8)")
-    group.add_argument("--checkpoint-every", type=int, default=500, help="steps between checkpoints (default 500)")
-    group.add_argument("--log-every", type=int, default=20, help="steps between lines of log.jsonl (default 20)")
-    given = vars(parser.parse_args())
+    group.add_argument("--checkpoint-every", type=Number(int, 1), default=500, help="steps between checkpoints (default 500)")
+    group.add_argument("--log-every", type=Number(int, 1), default=20, help="steps between lines of log.jsonl (default 20)")
+    options = parser.parse_args()
+    given = {name: vars(options).pop(name) for name in ("preset", *DEFAULTS) if name in options}
     for key in ("data_root", "backbone"):  # a run can be resumed and evaluated from another folder
         if os.path.exists(given.get(key, "")) and given[key] not in BACKBONES:
             given[key] = os.path.abspath(given[key])
-    names = ("name", "seeds", "resume", "features", "cache_gb", "cache_dir", "device", "workers",
-             "checkpoint_every", "log_every")
-    options = argparse.Namespace(begun=None, **{name: given.pop(name, None) for name in names})
     return given, options
 
 
@@ -161,8 +92,10 @@ def resolve(given):
     if "preset" not in given and given.get("dataset", "directory" if "data_root" in given else "scenes") == "scenes":
         given["preset"] = "scenes"
     config = {**DEFAULTS, **PRESETS.get(given.get("preset"), {}), **given}
-    if config["same_class"] and {"b_self", "b_knn", "b_rand"} & given.keys():
-        raise InputError("--same-class sets all shifts: leave --b-self, --b-knn and --b-rand out")
+    if config["same_class"]:
+        if {"b_self", "b_knn", "b_rand"} & given.keys():
+            raise InputError("--same-class sets all shifts: leave --b-self, --b-knn and --b-rand out")
+        config.update(b_self="auto", b_knn="auto", b_rand="auto")
     if config["dataset"] == "scenes" and config["data_root"]:
         raise InputError("--data-root: the scenes are drawn, not read; for images of yours add --dataset directory")
     return config
@@ -198,18 +131,10 @@ def resumed_settings(path, given):
         raise InputError(f"{path}: damaged ({error}); start another run") from error
     check_settings(config, path)
     different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items()
-                 if config.get(key) != value and (key, value) != ("precision", "auto")]  # which was looked up at the start
+                 if config.get(key) != value and value != "auto"]  # which was found out at the start
     if different:
         raise InputError(f"--resume: {path.parent} was started with other settings: {', '.join(different)}")
     return config
-
-
-def check(config, options):
-    """Raises InputError for settings that cannot be trained with."""
-    evaluate.check_limits({**config, **vars(options)}, LIMITS)
-    for share in config["same_class"] or []:
-        if not 0 < share < 1:
-            raise InputError(f"--same-class takes shares between 0 and 1, not {share}")
 
 
 def fit_batch(config, n, world, given):
@@ -322,8 +247,8 @@ def logged(path, columns, last_step):
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            rows += [row for row in [json.loads(line)] if row.keys() == columns and fits([*row.values()], [float])
-                     and row["step"] <= last_step]
+            rows += [row for row in [json.loads(line)] if row.keys() == columns and row["step"] <= last_step
+                     and all(value in Number(float, -10 ** 9) for value in row.values())]
     return rows
 
 
@@ -342,7 +267,6 @@ def run(given, options, name):
     folder = data.gathered(run_folder(name, config["dataset"], options.resume))[0]
     if options.resume:
         config = resumed_settings(folder / "config.json", given)
-        check(config, options)
     device = evaluate.choose_device(options.device)
 
     # ---- data and backbone ----
@@ -403,22 +327,21 @@ def run(given, options, name):
 
     # ---- shifts: the feature correspondence above which a pair attracts ----
     pair_options = {"device": device, "center": config["center"], "dropout": config["dropout"], "seed": config["seed"]}
-    if "shifts" not in config:  # a resumed run keeps them
-        shifts = [config["b_self"], config["b_knn"], config["b_rand"]]
-        if config["same_class"] or "auto" in shifts:
-            pairs = evaluate.correspondences(features, neighbors, model.head, **pair_options)  # F as the loss sees it
-            rates = config["same_class"]
-            if not rates:
-                plain = evaluate.correspondences(features, neighbors, model.head, **{**pair_options, "center": False, "dropout": 0})
-                rates = same_class_rates(*(F for F, _, _ in plain.values()), config["num_clusters"])
-            shifts = shifts_at(rates, pairs, ["auto"] * 3 if config["same_class"] else shifts)
-        config["shifts"] = data.gathered(shifts)[0]
+    shifts = [config["b_self"], config["b_knn"], config["b_rand"]]
+    if "auto" in shifts:  # a resumed run has numbers
+        pairs = evaluate.correspondences(features, neighbors, model.head, **pair_options)  # F as the loss sees it
+        rates = config["same_class"]
+        if not rates:
+            plain = evaluate.correspondences(features, neighbors, model.head, **{**pair_options, "center": False, "dropout": 0})
+            rates = same_class_rates(*(F for F, _, _ in plain.values()), config["num_clusters"])
+        shifts = data.gathered(shifts_at(rates, pairs, shifts))[0]
+        config.update(zip(("b_self", "b_knn", "b_rand"), shifts))
         if rank == 0:
             data.write_text(folder / "config.json", json.dumps(config, indent=1))
     stage_done("shifts")
 
     objective = Objective(model, lambdas=(config["lambda_self"], config["lambda_knn"], config["lambda_rand"]),
-                          shifts=config["shifts"], **{key: config[key] for key in ("center", "zero_clamp", "stabilize")})
+                          shifts=shifts, **{key: config[key] for key in ("center", "zero_clamp", "stabilize")})
     if world > 1:
         objective = torch.nn.parallel.DistributedDataParallel(objective)  # averages the gradients
 
@@ -499,8 +422,8 @@ def run(given, options, name):
             codes = model.head(points[:, :, None, None]).flatten(1)  # the head is 1x1: each position stands alone
         fitted = [evaluate.fitted_probe(vectors, config["num_clusters"], config["seed"]).cpu() for vectors in (codes, points)]
         pairs = evaluate.correspondences(features, neighbors, model.head, **pair_options)
-        evaluate.draw_diagnostics(folder / "diagnostics.png", pairs, config["shifts"])
-        health, wrong = evaluate.diagnose(codes.cpu(), fitted[0], pairs, config["shifts"])
+        evaluate.draw_diagnostics(folder / "diagnostics.png", pairs, shifts)
+        health, wrong = evaluate.diagnose(codes.cpu(), fitted[0], pairs, shifts)
         write_log({"step": config["steps"], **health})
         print("health: " + ", ".join(f"{name} {value:.2f}" for name, value in health.items()))
         fitted.append(wrong)
@@ -530,7 +453,8 @@ def run(given, options, name):
 
 def main():
     given, options = parse_args()
-    check(resolve(given), options)
+    resolve(given)  # mistakes are told at once
+    options.begun = None  # the run that there is to go on with
     data.join_processes()
     try:
         with contextlib.ExitStack() as options.held:  # the locks of the folders of these runs
