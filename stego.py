@@ -90,12 +90,10 @@ POSITIVE, WEIGHT, RATE, SHIFT = Number(int, 1), Number(float, 0), Number(float, 
 # All settings of a run: what holds where neither a preset nor an option says otherwise, what else it may be, and advice.
 SETTINGS = {
     "data": {
-        "dataset": ("directory", str, "directory: imgs/{train,val} or just a folder of images, the default with --data-root; scenes: "
-                    "embedded procedural landscapes, the default without; or cocostuff27, cocostuff15, cocostuff3, cityscapes, "
-                    "potsdam, voc, which say without --data-root what they need. A preset names its own"),
-        "data_root": (None, str, "where the images are"),
-        "num_classes": (None, Number(int, 1, VOID + 1), "of a directory: classes of the labels, or how many things you expect to "
-                        "tell apart (default: the lines of classes.txt)"),
+        "dataset": ("directory", str, ("directory, the default with --data-root: imgs/{train,val} or any folder of images; scenes, "
+                    "that without: drawings; or cocostuff27, cocostuff15, cocostuff3, cityscapes, potsdam, voc")),
+        "data_root": (None, str, "where the images are; without it a published data set says what it needs"),
+        "num_classes": (None, Number(int, 1, VOID + 1), "of a directory: kinds of things to tell apart (see classes.txt)"),
         "skip_bad": (False, bool, "leave out images and labels that cannot be read"),
         "resolution": (224, POSITIVE, "side of the training views in pixels, rounded to whole patches"),
         "eval_resolution": (320, POSITIVE, "side of the evaluated views"),
@@ -103,8 +101,7 @@ SETTINGS = {
     "model": {
         "backbone": ("dino_vits8", str, f"a file of ViT weights, or one of {', '.join(BACKBONES)}"),
         "facet": ("token", ("token", "key"), "which features of the backbone: the last tokens, or keys"),
-        "precision": ("auto", ("auto", "float32", "bfloat16"), "of the backbone's matrix products, all else is float32; bfloat16 "
-                      "is twice as fast where the device has it, which auto looks up"),
+        "precision": ("auto", ("auto", "float32", "bfloat16"), "of the backbone; auto: the faster bfloat16 where it is native"),
         "code_dim": (70, POSITIVE, "numbers in a code, the paper's K"),
         "dropout": (0.1, Number(float, 0, 1), "channel dropout of the features"),
         "num_clusters": (None, Number(int, 1, VOID + 1), "clusters to find (default: as many as classes)")},
@@ -112,12 +109,10 @@ SETTINGS = {
         "lambda_self": (1.0, WEIGHT, "weight of the pairs with the image itself"),
         "lambda_knn": (0.577453483136995, WEIGHT, "weight of the pairs with a nearest neighbour"),
         "lambda_rand": (0.9058762625226623, WEIGHT, "weight of the pairs with random images"),
-        "b_self": ("auto", SHIFT, "shift of these pairs: those whose features correspond more attract, others repel; raise it if "
-                   "the codes collapse into one cluster, lower it if they scatter; auto: from the features alone"),
-        "b_knn": ("auto", SHIFT, "the same with a nearest neighbour"),
-        "b_rand": ("auto", SHIFT, "the same with random images"),
-        "same_class": (None, Number(float, 0, 1), "instead of shifts, if you know the collection: the shares of the pairs of points of "
-                       "an image, of it and a neighbour, and of random images that show the same class, like 0.5 0.4 0.1"),
+        "b_self": ("auto", SHIFT, "shift of the pairs with the image itself: they attract if F is more, repel if less"),
+        "b_knn": ("auto", SHIFT, "with a neighbour; raise shifts if the codes collapse into one cluster, lower if scattered"),
+        "b_rand": ("auto", SHIFT, "with random images; auto: from the features alone"),
+        "same_class": (None, Number(float, 0, 1), "instead of shifts: the shares of these pairs that show one class"),
         "center": (False, bool, "centre the feature correspondences spatially"),
         "zero_clamp": (True, bool, "clamp the code correspondences at zero"),
         "stabilize": (False, bool, "and at 0.8 from above"),
@@ -311,7 +306,8 @@ def vit_from_state_dict(state, num_heads=None):
         depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
         registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
         with torch.device("meta"):  # shapes alone, whatever they would take
-            vit = VisionTransformer(p, D, depth, num_heads or max(1, D // 64), side * p, registers, "blocks.0.ls1.gamma" in state)
+            heads, scaled = num_heads or max(1, D // 64), "blocks.0.ls1.gamma" in state
+            vit = VisionTransformer(p, D, depth, heads, side * p, registers, scaled)
         vit.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = f"the weights lack {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
@@ -326,25 +322,21 @@ def load_backbone(name_or_path, device="cpu"):
     the names of DINO, DINOv2 or timm, or a DINO training checkpoint, of which the teacher is taken. Raises InputError
     that says what does not fit.
     """
-    source = BACKBONES.get(str(name_or_path), name_or_path)
-    remote = str(source).startswith(("https://", "http://"))
-    if not remote and not os.path.isfile(source):
+    file = BACKBONES.get(str(name_or_path), name_or_path)
+    mend = ""
+    if str(file).startswith("http"):
+        file, mend = download(file), "; delete that file, and the next run downloads it again"
+    if not os.path.isfile(file):
         raise InputError(f"backbone {name_or_path}: neither a file nor {one_of(BACKBONES, name_or_path)}")
     try:
-        file = download(source) if remote else source
-        try:
-            state = read_tensors(file)
-        except InputError as error:
-            mend = "; delete that file, and the next run downloads it again" if remote else ""
-            raise InputError(f"{error}{mend}") from error
+        state = read_tensors(file)
         if isinstance(state, dict) and isinstance(state.get("teacher"), dict):
-            state = {key.removeprefix("module.").removeprefix("backbone."): value
-                     for key, value in state["teacher"].items() if isinstance(key, str)}
-            state = {key: value for key, value in state.items() if not key.startswith("head.")}  # DINO's projection head
+            state = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state["teacher"].items()
+                     if not key.startswith(("head.", "module.head."))}  # DINO's projection head
         check_weights(state, file)
         vit = vit_from_state_dict(state)
-    except InputError as error:
-        raise InputError(f"backbone {name_or_path}: {error}") from error
+    except (InputError, AttributeError) as error:
+        raise InputError(f"backbone {name_or_path}: {error}{mend}") from error
     return vit.to(device).eval().requires_grad_(False)
 
 
@@ -628,12 +620,11 @@ def read_tensors(path, device="cpu"):
             return torch.load(path, map_location=device, weights_only=True)
     except InputError:
         raise
-    except pickle.UnpicklingError as error:  # torch goes on about how to run it all the same
-        raise InputError(f"{path}: not tensors and settings alone as torch.save writes them; get the file from those who "
-                         "made it") from error
     except Exception as error:  # whatever it is that bytes from anywhere lead to
-        raise InputError(f"{path}: not a readable file of PyTorch weights ({(str(error) or repr(error)).splitlines()[0]})"
-                         ) from error
+        reason = (str(error) or repr(error)).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch goes on about how to run it all the same
+            reason = "not tensors and settings alone; get the file from those who made it"
+        raise InputError(f"{path}: not a readable file of PyTorch weights ({reason})") from error
 
 
 @contextlib.contextmanager
@@ -692,7 +683,7 @@ def download(url):
                 torch.hub.download_url_to_file(url, temporary)  # shows its progress
                 read_tensors(temporary)
     except (OSError, http.client.HTTPException, InputError) as error:
-        raise InputError(f"cannot download it ({error}); try again, or fetch {url} on another machine and put it into "
+        raise InputError(f"cannot download {url} ({error}); try again, or fetch it on another machine and put it into "
                          f"{file.parent}/") from error
     print(f"{file}: sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")  # we know of none published to compare it with
     return file

@@ -54,8 +54,8 @@ def parse_args():
     """(given, options): the settings typed on the command line, and the options that no result depends on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
-    parser.add_argument("--preset", metavar="NAME", help="all settings of a published result, or of the scenes; other options win "
-                        f"over it: {', '.join(PRESETS)}")
+    parser.add_argument("--preset", metavar="NAME", help="all settings of a published result, or of the scenes, where no other "
+                        f"option says otherwise: {', '.join(PRESETS)}")
     for title, settings in SETTINGS.items():
         group = parser.add_argument_group(title)
         for name, (default, kind, advice) in settings.items():
@@ -64,8 +64,8 @@ def parse_args():
             group.add_argument(f"--{name.replace('_', '-')}", **how,
                                help=advice if default is None else f"{advice} (default {default})")
     group.add_argument("--name", default=None, help="results go into runs/<name> (default: the data set's name, numbered)")
-    group.add_argument("--seeds", type=Number(int, 1), default=1, help="train so many heads, with seeds from --seed on, and print "
-                       "their mean and spread (default 1)")
+    group.add_argument("--seeds", type=Number(int, 1), default=1, help="train so many heads, with seeds from --seed on, and "
+                       "print their mean and spread (default 1)")
     group.add_argument("--resume", action="store_true", default=False, help="go on with the run of that name")
     group.add_argument("--features", choices=("auto", "cached", "live"), default="auto", help="cached: kept on disk, the "
                        "backbone sees each view once; live: computed at every step; auto (default): cached if they fit")
@@ -215,7 +215,7 @@ def interruptions():
 
 
 def restore(path, model, optimizers, steps):
-    """Puts what save_checkpoint wrote back into model and optimizers. Returns the step. Raises InputError if it does not fit."""
+    """Puts what save_checkpoint wrote back into model and optimizers, and returns the step. Raises InputError if none fits."""
     try:
         saved = read_tensors(path, next(model.head.parameters()).device)
         check_weights(saved["model"], path)

@@ -227,7 +227,7 @@ def test_a_file_that_asks_for_anything_but_tensors_and_settings_is_refused(name,
                _use_new_zipfile_serialization=zipped)
     reason = "refused, because it asks for" if zipped else "not tensors and settings alone"
     for load in (stego.load_checkpoint, stego.load_backbone):
-        with pytest.raises(stego.InputError, match=f"bad.ckpt: {reason}"):
+        with pytest.raises(stego.InputError, match=f"bad.ckpt: .*{reason}"):
             load(tmp_path / "bad.ckpt")
     assert not (tmp_path / "executed").exists()
 
@@ -347,7 +347,7 @@ def test_a_backbone_is_downloaded_once_and_its_sha256_printed(server, capsys):
 @pytest.mark.parametrize("answer", ["half", "error page"])
 def test_a_download_that_went_wrong_is_not_kept(answer, server):
     server.answer = answer
-    with pytest.raises(stego.InputError, match=r"backbone remote: cannot download it .*fetch http.*/vit\.pth on"):
+    with pytest.raises(stego.InputError, match=r"cannot download http.*/vit\.pth .*fetch it on"):
         stego.load_backbone("remote")
     assert not server.file.exists()
     server.answer = "whole"
