@@ -16,7 +16,6 @@ import math
 import os
 import signal
 import sys
-import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
