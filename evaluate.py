@@ -17,7 +17,6 @@ import os
 import re
 import signal
 import sys
-import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -618,54 +617,44 @@ def save_picture(image, path):
         image.save(temporary, format="JPEG" if Path(path).suffix == ".jpg" else "PNG", quality=90)
 
 
-def _fit(texts, width, size):
-    """Break each of `texts` into lines of at most `width` px in the built-in font at `size` px.
+def _shortened(names):
+    """`names` on one line each, of at most 40 characters."""
+    names = [" ".join(name.split()) for name in names]
+    return [name if len(name) <= 40 else name[:39] + "…" for name in names]
 
-    Returns the font, the broken texts, and the width and height (px) that hold any one of them.
-    """
-    font, broken = ImageFont.load_default(size), []
-    for text in texts:
-        for limit in range(max(len(text), 1), 0, -1):  # textwrap counts characters, not pixels
-            lines = textwrap.wrap(text, limit) or [""]
-            if max(map(font.getlength, lines)) <= width:
-                break
-        broken.append("\n".join(lines))
-    ruler = ImageDraw.Draw(Image.new("L", (1, 1)))
-    boxes = [ruler.textbbox((0, 0), text, font=font) for text in broken + [" "]]
-    return font, broken, math.ceil(max(b[2] for b in boxes)), math.ceil(max(b[3] for b in boxes))
+
+def _legend(names, colours, width, size=16):
+    """A picture with a coloured square and a name of each class, in columns that fill `width` px. size: of the text, in px."""
+    names, font = _shortened(names), ImageFont.load_default(size)
+    step_x, step_y = math.ceil(max(map(font.getlength, names))) + 3 * size, round(1.7 * size)
+    per_line = max(1, (width + size) // step_x)  # the last one needs no gap
+    legend = Image.new("RGB", (max(width, step_x), math.ceil(len(names) / per_line) * step_y), "white")
+    draw = ImageDraw.Draw(legend)
+    for i, (name, colour) in enumerate(zip(names, colours)):
+        x, y = i % per_line * step_x, i // per_line * step_y + step_y // 2
+        draw.rectangle((x, y - size // 2, x + size, y + size // 2), tuple(colour), "gray")
+        draw.text((x + 1.5 * size, y), name, "black", font, "lm")
+    return legend
 
 
 def draw_panel(path, columns, names, palette):
-    """Save a grid of images with column titles above and a legend of the classes below, as PNG.
+    """Save a grid of square images with column titles above and a legend of the classes below, as PNG.
 
-    columns: list of (title, images), images a list of (H, W, 3) uint8 RGB arrays, one per row of
-    the grid; the images of one row share their size. names: n class names; palette: (n, 3) uint8.
-    All images get the same height, by nearest neighbour so that label colours stay exact.
+    columns: list of (title, images), images a list of (S, S, 3) uint8 RGB arrays, one per row of the grid. names: n class
+    names; palette: (n, 3) uint8. Nearest neighbour brings the images to one size, so that label colours stay exact.
     """
-    aspect = max(image.shape[1] / image.shape[0] for image in columns[0][1])  # of the widest row
-    width = round(min(320, max(1400 / len(columns), 160, 160 * aspect)))
-    height, gap, pad, square = round(width / aspect), 6, 20, 16
-    inner = len(columns) * (width + gap) - gap
-    font, titles, _, title_h = _fit([title for title, _ in columns], width - 8, 18)
-    key_font, key, key_w, key_h = _fit(names, inner - square - 8, 16)
-    key_w, key_h = key_w + square + 28, max(key_h, square) + 8
-    lines = math.ceil(len(names) / max(1, (inner + 20) // key_w))  # the last item needs no gap
-    per_line = math.ceil(len(names) / lines)  # equally full lines
-    top = pad + title_h + 8
-    key_y = top + len(columns[0][1]) * (height + gap) + 4
-    canvas = Image.new("RGB", (inner + 2 * pad, key_y + lines * key_h + pad), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, (title, (_, images)) in enumerate(zip(titles, columns)):
-        x = pad + i * (width + gap)
-        draw.text((x + width / 2, pad + title_h / 2), title, "black", font, "mm", align="center")
+    side, gap, pad, top = min(320, 1400 // len(columns)), 6, 20, 50
+    width, bottom = len(columns) * (side + gap) - gap, top + len(columns[0][1]) * (side + gap) + gap
+    legend = _legend(names, palette, width)
+    canvas = Image.new("RGB", (legend.width + 2 * pad, bottom + legend.height + pad), "white")
+    canvas.paste(legend, (pad, bottom))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(18)
+    for i, (title, images) in enumerate(columns):
+        x = pad + i * (side + gap)
+        draw.text((x + side / 2, top - 20), title, "black", font, "mm")
         for j, image in enumerate(images):
-            w = round(height * image.shape[1] / image.shape[0])  # narrower rows are centred
-            cell = Image.fromarray(image).resize((w, height), Image.Resampling.NEAREST)
-            canvas.paste(cell, (x + (width - w) // 2, top + j * (height + gap)))
-    for i, (name, colour) in enumerate(zip(key, palette.tolist())):
-        x, y = pad + i % per_line * key_w, key_y + (i // per_line + 0.5) * key_h
-        draw.rectangle((x, y - square / 2, x + square, y + square / 2), tuple(colour), "gray")
-        draw.text((x + square + 8, y), name, "black", key_font, "lm")
+            cell = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+            canvas.paste(cell, (x, top + j * (side + gap)))
     save_picture(canvas, path)
 
 
@@ -679,61 +668,45 @@ def draw_confusion(path, confusion, assignment, row_names, names, palette):
     counts = np.asarray(confusion, float).T
     total = counts.sum(1, keepdims=True)
     percent = 100 * counts / np.maximum(total, 1)
-    n_true, n_pred = counts.shape
-    cell, pad = min(84, max(18, 960 // n_pred)), 20
-    square = size = min(16, cell - 4)
-    room = 300 if cell > 60 else math.inf  # a name on two lines needs a high cell
-    font, true_names, true_w, _ = _fit(names, room, size)
-    _, pred_names, pred_w, _ = _fit(row_names, room, size)
-    left, bottom = (pad + 48 + square + w for w in (true_w, pred_w))
-    across, down = n_pred * cell, n_true * cell  # size of the matrix
-    bar = left + across + 20  # where the colour scale begins
-    canvas = Image.new("RGB", (bar + 60 + pad, pad + down + bottom), "white")
+    cell, pad, strip = min(72, max(28, 960 // len(row_names))), 20, 12
+    font, figures = ImageFont.load_default(16), ImageFont.load_default(min(20, cell // 2))
+    turned = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
+    names, row_names = _shortened(names), _shortened(row_names)
+    left, below = (math.ceil(max(map(font.getlength, texts))) + strip + 36 for texts in (names, row_names))
+    left, below = max(left, 200), max(below, 90)  # room for the explanation, in the corner between the names
 
-    # Upright text is written first, on the canvas turned clockwise, and turned back with it.
-    for labels, classes, edge, start, title, at in (
-            (pred_names, assignment, bottom, left, "true class", (bottom + down / 2, pad + 8)),
-            (true_names, range(n_true), left, pad, "predicted", (left + across / 2, canvas.height - pad - 8))):
-        canvas = canvas.transpose(Image.Transpose.ROTATE_90)
-        draw = ImageDraw.Draw(canvas)
-        draw.text(at, title, "black", ImageFont.load_default(18), "mm")
-        for i, label in enumerate(labels):
-            x, y = edge - 8 - square, start + (i + 0.5) * cell
-            draw.text((x - 6, y), label, "black", font, "rm", align="right")
-            if classes[i] >= 0:  # unmatched clusters have no colour
-                box = (x, y - square / 2, x + square, y + square / 2)
-                draw.rectangle(box, tuple(palette[classes[i]].tolist()), "gray")
-
-    # One hue from light to dark, through a mid blue because light to navy directly looks grey.
-    stops = ((236, 66, 8), (243, 146, 48), (251, 198, 107))  # red, green, blue at 0, 50, 100 %
-    blues = np.stack([np.interp(range(101), (0, 50, 100), c) for c in stops], 1).astype(np.uint8)
-    cells = np.where(total[..., None] > 0, blues[percent.round().astype(int)], np.uint8(225))
-    cells = cells.repeat(cell, 0).repeat(cell, 1)
+    light, dark = np.array([(236, 243, 251), (8, 81, 156)])
+    cells = np.where(total[..., None] > 0, light + percent[..., None] / 100 * (dark - light), 225)
+    cells = cells.astype(np.uint8).repeat(cell, 0).repeat(cell, 1)
     cells[::cell] = cells[:, ::cell] = 255  # thin white lines between the cells
+    bottom = pad + len(cells)
+    canvas = Image.new("RGB", (left + cells.shape[1] + pad, bottom + below), "white")
     canvas.paste(Image.fromarray(cells), (left, pad))
-    scale = blues[np.linspace(100, 0, down).astype(int)][:, None].repeat(14, 1)
-    canvas.paste(Image.fromarray(scale), (bar, pad))
-    for y, text in ((7, "100 %"), (down / 2, "50 %"), (down - 7, "0 %")):
-        draw.text((bar + 20, pad + y), text, "black", ImageFont.load_default(14), "lm")
-    font = ImageFont.load_default(max(12, min(20, cell // 2 - 4)))
-    for i, j in np.argwhere((percent >= 1) & (cell >= 26)):  # unreadable in smaller cells
-        at = (left + (j + 0.5) * cell, pad + (i + 0.5) * cell)
-        colour = "white" if percent[i, j] > 60 else "black"
-        draw.text(at, f"{percent[i, j]:.0f}", colour, font, "mm")
+    canvas.paste(Image.fromarray(palette.repeat(cell, 0)[:, None].repeat(strip, 1)), (left - strip - 4, pad))
+    palette = np.append(palette, np.full((1, 3), 255, np.uint8), 0)  # white at -1: unmatched clusters have no colour
+    canvas.paste(Image.fromarray(palette[assignment].repeat(cell, 0)[None].repeat(strip, 0)), (left, bottom + 4))
+    draw = ImageDraw.Draw(canvas)
+    for i, j in np.argwhere(percent > 0.5):
+        at = left + (j + 0.5) * cell, pad + (i + 0.5) * cell
+        draw.text(at, f"{percent[i, j]:.0f}", "white" if percent[i, j] > 70 else "black", figures, "mm")
+    for i, name in enumerate(names):
+        draw.text((left - strip - 10, pad + (i + 0.5) * cell), name, "black", font, "rm")
+    for j, name in enumerate(row_names):
+        x = left + (j + 0.5) * cell - turned.getbbox(name)[2] / 2
+        draw.text((x, bottom + strip + 10), name, "black", turned)
+    text = "down: true class\nacross: prediction\nin % of the true class"
+    draw.text((left - strip - 10, bottom + 8), text, "dimgray", font, "ra", align="right")
     save_picture(canvas, path)
 
 
 def _axis(values):
-    """Limits of an axis that shows `values` (1-D), and 3 to 7 round positions on it to label."""
+    """Limits of an axis that shows `values` (1-D), and about 3 to 6 round positions on it to label."""
     low, high = (values.min(), values.max()) if len(values) else (0, 1)
-    room = (high - low) / 20
-    if room <= 1e-9 * max(abs(low), abs(high)):  # constant: no extent of its own to go by
-        room = max(abs(low), abs(high)) / 10 or 1
+    room = max((high - low) / 20, abs(low) / 1000, abs(high) / 1000) or 1  # constants have no extent of their own
     low, high = low - room, high + room
     power = 10.0 ** math.floor(math.log10(high - low))
-    steps = [power * factor for factor in (0.1, 0.2, 0.5, 1, 2, 5)]
-    marks = [np.arange(math.ceil(low / s), math.floor(high / s) + 1) * s for s in steps]
-    return low, high, min(marks, key=lambda m: abs(len(m) - 4.5)) + 0.0  # + 0.0: no "-0"
+    step = min(power * np.array([0.2, 0.5, 1, 2]), key=lambda step: abs((high - low) / step - 4))
+    return (low, high), np.arange(math.ceil(low / step), high / step) * step
 
 
 def draw_curves(path, plots, x_label, colours=((0, 114, 178), (213, 94, 0)), marks=(), mark_name=""):
@@ -741,86 +714,73 @@ def draw_curves(path, plots, x_label, colours=((0, 114, 178), (213, 94, 0)), mar
 
     plots: dict of title -> {name of line: (x, y)}, two equally long lists of numbers; points that are not finite are left
     out; every plot has the same names. colours: of the lines, Okabe and Ito's blue and vermilion. marks: an x for each
-    plot, where a dashed line called mark_name stands, or none.
+    plot, where a black line called mark_name stands, or none.
     """
-    colours = dict(zip(next(iter(plots.values())), colours))
-    wide, high, pad, sharp = 330, 190, 20, 3  # plots are drawn `sharp` times larger, then reduced
-    font = ImageFont.load_default(14)
-    title_font, titles, _, title_h = _fit(plots, wide, 17)
+    wide, high, step_x, step_y, margin = 990, 570, 1290, 850, 240  # three times the final size, against jagged lines
+    font, title_font = ImageFont.load_default(42), ImageFont.load_default(51)
     lines = math.ceil(len(plots) / 3)
     per_line = math.ceil(len(plots) / lines)  # equally full lines: four plots are 2 x 2
-    step_x, step_y = wide + 100, title_h + high + 70
-    canvas = Image.new("RGB", (per_line * step_x + 2 * pad, lines * step_y + 56), "white")
+    names, colours = list(next(iter(plots.values()))), list(colours)
+    legend = _legend(names + [mark_name] * bool(marks), colours + [(0, 0, 0)], per_line * step_x - margin, 42)
+    canvas = Image.new("RGB", (per_line * step_x + 120, lines * step_y + legend.height + 75), "white")
+    canvas.paste(legend, (margin, lines * step_y + 30))
     draw = ImageDraw.Draw(canvas)
     for i, (title, plot_lines) in enumerate(plots.items()):
-        left, top = pad + i % per_line * step_x + 80, pad + i // per_line * step_y + title_h + 8
-        at = (left + wide / 2, top - 8 - title_h / 2)
-        draw.text(at, titles[i], "black", title_font, "mm", align="center")
-        draw.text((left + wide / 2, top + high + 36), x_label, "black", font, "mm")
-        points = {name: np.array(line, float) for name, line in plot_lines.items()}
-        points = {name: line[:, np.isfinite(line).all(0)] for name, line in points.items()}
-        x, y = np.concatenate(list(points.values()), axis=1)
-        (x0, x1, x_marks), (y0, y1, y_marks) = _axis(x), _axis(y)
-        plot = Image.new("RGB", (wide * sharp, high * sharp), "white")
-        pen = ImageDraw.Draw(plot)
-        for v, at in zip(x_marks, (x_marks - x0) / (x1 - x0) * wide):
-            pen.line((at * sharp, 0, at * sharp, high * sharp), (230, 230, 230), sharp)
-            draw.text((left + at, top + high + 14), f"{v:.10g}", "black", font, "mm")
-        for v, at in zip(y_marks, (y1 - y_marks) / (y1 - y0) * high):
-            pen.line((0, at * sharp, wide * sharp, at * sharp), (230, 230, 230), sharp)
-            draw.text((left - 8, top + at), f"{v:.10g}", "black", font, "rm")
-        for name, (x, y) in points.items():
-            line = np.stack([(x - x0) / (x1 - x0) * wide, (y1 - y) / (y1 - y0) * high], 1)
-            line = line.round(3) * sharp  # a flat line must not flicker between two pixels
-            pen.line(line.ravel().tolist(), colours[name], 5, joint="curve")
-            if len(line) == 1:
-                pen.ellipse((*(line[0] - 9), *(line[0] + 9)), colours[name])
+        left, top = i % per_line * step_x + margin, i // per_line * step_y + 130
+        right, bottom = left + wide, top + high
+        draw.text((left + wide / 2, top - 50), title, "black", title_font, "mm")
+        draw.text((left + wide / 2, bottom + 115), x_label, "black", font, "mm")
+        points = [np.array(line, float) for line in plot_lines.values()]
+        points = [line[:, np.isfinite(line).all(0)] for line in points]
+        (x_limits, x_marks), (y_limits, y_marks) = map(_axis, np.concatenate(points, 1))
+        for v, x in zip(x_marks, np.interp(x_marks, x_limits, (left, right))):
+            draw.line((x, top, x, bottom), (230, 230, 230), 3)
+            draw.text((x, bottom + 45), f"{v:.10g}", "black", font, "mm")
+        for v, y in zip(y_marks, np.interp(y_marks, y_limits, (bottom, top))):
+            draw.line((left, y, right, y), (230, 230, 230), 3)
+            draw.text((left - 24, y), f"{v:.10g}", "black", font, "rm")
         for mark in marks[i:i + 1]:
-            at = (mark - x0) / (x1 - x0) * wide * sharp
-            for y in range(0, high * sharp, 8 * sharp):
-                pen.line((at, y, at, y + 5 * sharp), "black", 4)
-        canvas.paste(plot.resize((wide, high), Image.Resampling.BOX), (left, top))
-        draw.line((left, top, left, top + high, left + wide, top + high), "black")
-    x, y = pad + 80, canvas.height - pad - 8
-    for name, colour in [*colours.items(), *[(mark_name, "black")] * bool(marks)]:
-        draw.line((x, y, x + 24, y), colour, 3)
-        for gap in (5, 13, 21) if name == mark_name else ():  # dashed, as the marks are
-            draw.line((x + gap, y, x + gap + 3, y), "white", 3)
-        draw.text((x + 32, y), name, "black", font, "lm")
-        x += 60 + font.getlength(name)
-    save_picture(canvas, path)
+            x = np.interp(mark, x_limits, (left, right))
+            draw.line((x, top, x, bottom), "black", 4)
+        for (x, y), colour in zip(points, colours):
+            line = list(zip(np.interp(x, x_limits, (left, right)), np.interp(y, y_limits, (bottom, top))))
+            draw.line(line, colour, 6)
+            r = 3 if len(line) > 1 else 10  # round corners, but a single point must be seen
+            for x, y in line:
+                draw.ellipse((x - r, y - r, x + r, y + r), colour)
+        draw.line((left, top, left, bottom, right, bottom), "black", 3)
+    save_picture(canvas.reduce(3), path)
 
 
 def draw_losses(path, rows):
-    """Save the columns of log.jsonl, dicts with "step", as curves: the values and their mean over a centred window of a
-    tenth of them (shorter at the ends; below 20 the values themselves)."""
-    plots, steps = {}, [row["step"] for row in rows]
+    """Save the columns of log.jsonl, dicts with "step", as curves: the values and, over them, their mean over a centred
+    window of a tenth of them, where there is a whole one."""
+    plots, steps, half = {}, [row["step"] for row in rows], len(rows) // 20
+    window = np.ones(2 * half + 1) / (2 * half + 1)
     for name in [name for name in rows[0] if name != "step"]:
-        values = np.array([row[name] for row in rows])
-        window = np.ones(len(values) // 20 * 2 + 1)
-        mean = np.convolve(values, window, "same") / np.convolve(values * 0 + 1, window, "same")
-        plots[name] = {"values": (steps, values), "moving average": (steps, mean)}
+        values = [row[name] for row in rows]
+        mean = np.convolve(values, window, "valid")
+        plots[name] = {"values": (steps, values), "moving average": (steps[half:len(steps) - half], mean)}
     draw_curves(path, plots, "step", colours=((246, 208, 130), (0, 114, 178)))  # the values pale, the mean over them
 
 
 def draw_diagnostics(path, pairs, shifts):
     """Save the distributions of F and S of each term's pairs, with its shift, as PNG. pairs: from correspondences."""
-    plots, edges = {}, torch.linspace(-1, 1, 81)
+    plots = {}
     for (term, (F, S, _)), shift in zip(pairs.items(), shifts):
-        lines = {name: ((edges[:-1] + 0.0125).tolist(), (values.clamp(-1, 1).histc(80, -1, 1) / len(values) * 40).tolist())
-                 for name, values in (("F, features", F), ("S, codes", S))}
-        plots[f"{term}: {100 * (F > shift).float().mean():.0f} % attract"] = lines
-    draw_curves(path, plots, "cosine (up: density of pairs)", marks=list(shifts), mark_name="shift b")
+        plots[f"{term}: {100 * (F > shift).float().mean():.0f} % attract"] = {
+            name: (np.linspace(-0.9875, 0.9875, 80), np.histogram(values.clamp(-1, 1), 80, (-1, 1), density=True)[0])
+            for name, values in (("F, features", F), ("S, codes", S))}
+    draw_curves(path, plots, "cosine (up: density of pairs)", marks=shifts, mark_name="shift b")
 
 
 def draw_precision_recall(path, pairs):
     """Save precision over recall of F and S as predictors of the same class, as PNG, and return the average precisions."""
     plots, average = {}, {}
     for term, (F, S, same) in pairs.items():
-        curves = {name: precision_recall(values, same) for name, values in (("F", F), ("S", S))}
-        average[term] = {name: round(curve[2], 4) for name, curve in curves.items()}
-        plots[f"{term}: AP of F {average[term]['F']:.2f}, of S {average[term]['S']:.2f}"] = {
-            {"F": "F, features", "S": "S, codes"}[name]: curve[:2] for name, curve in curves.items()}
+        f, s = (precision_recall(values, same) for values in (F, S))
+        average[term] = {"F": round(f[2], 4), "S": round(s[2], 4)}
+        plots[f"{term}: AP of F {f[2]:.2f}, of S {s[2]:.2f}"] = {"F, features": f[:2], "S, codes": s[:2]}
     draw_curves(path, plots, "recall of same-class pairs (up: precision)")
     return average
 
@@ -837,22 +797,19 @@ def draw_heatmaps(path, model, views, neighbors, n_images=5):
     for i in np.linspace(0, len(neighbors) - 1, min(n_images, len(neighbors))).round().astype(int).tolist():
         images = torch.stack([views[j // n_views][0][j % n_views] for j in (i, neighbors[i, 0].item())])
         features = model.features(data.normalize(images.to(device)))
-        row, (height, width) = [image.permute(1, 2, 0).numpy().copy() for image in images], images.shape[2:]
-        y, x = height // 2, width // 2
-        mark = max(2, height // 60)
-        row[0][y - mark:y + mark, x - 4 * mark:x + 4 * mark] = 255, 0, 0  # a red cross
-        row[0][y - 4 * mark:y + 4 * mark, x - mark:x + mark] = 255, 0, 0
+        image, neighbor = map(TF.to_pil_image, images)
+        x, y, r = image.width // 2, image.height // 2, max(3, image.width // 40)
+        ImageDraw.Draw(image).ellipse((x - r, y - r, x + r, y + r), "white", "black", r // 3)
+        row = [np.asarray(image), np.asarray(neighbor)]
         for maps in (features, model.head(features)):
-            query = maps[:1, :, maps.shape[2] // 2:, maps.shape[3] // 2:][:, :, :1, :1]
-            similarity = correlation(query.expand(2, -1, -1, -1), maps)[:, 0, 0]  # (2, h, w)
-            heat = nnf.interpolate(similarity[None].clamp(0, 1), (height, width), mode="bilinear")[0].cpu().numpy()
-            row += [np.stack([np.interp(h, np.linspace(0, 1, 5), channel) for channel in scale.T], 2).astype(np.uint8)
-                    for h in heat]
+            point = maps[:1, :, maps.shape[2] // 2, maps.shape[3] // 2, None, None]
+            similarity = correlation(point.expand(2, -1, -1, -1), maps)[:, 0]  # (2, 1, h, w)
+            similarity = nnf.interpolate(similarity, images.shape[2:], mode="bilinear")[:, 0].cpu().numpy()
+            row.extend(np.stack([np.interp(similarity, np.linspace(0, 1, 5), c) for c in scale.T], -1).astype(np.uint8))
         rows.append(row)
-    image, neighbor, f_self, f_knn, s_self, s_knn = zip(*rows)
-    draw_panel(path, [("image and point", image), ("F in it", f_self), ("S in it", s_self), ("neighbour", neighbor),
-                      ("F there", f_knn), ("S there", s_knn)],
-               [f"cosine {value}" for value in ("0 or less", "0.25", "0.5", "0.75", "1")], scale)
+    titles = "image and point", "neighbour", "F in the image", "F in the neighbour", "S in the image", "S in the neighbour"
+    legend = [f"cosine {value}" for value in ("0 or less", "0.25", "0.5", "0.75", "1")]
+    draw_panel(path, list(zip(titles, zip(*rows))), legend, scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -357,3 +357,10 @@ def test_rows_of_a_confusion_matrix_have_the_colours_of_their_classes(tmp_path):
     pixels = np.asarray(data.read_image(tmp_path / "c.png")).reshape(-1, 3)
     times = [int((pixels == colour).all(1).sum()) for colour in palette]
     assert times[0] == times[2] > 100 and times[1] == times[3] == 2 * times[0]  # once down the side, once below
+
+
+def test_pairs_without_any_of_the_same_class_leave_their_plot_empty(tmp_path):
+    F = torch.linspace(-1, 1, 50)
+    pairs = {"knn": (F, -F, (F > 0).long()), "rand": (F, -F, torch.zeros(50).long())}  # the latter: recall is 0 / 0
+    average = evaluate.draw_precision_recall(tmp_path / "p.png", pairs)
+    assert average["knn"]["F"] == 1 and data.read_image(tmp_path / "p.png").width > 600
