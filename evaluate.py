@@ -33,6 +33,7 @@ import data
 from crf import dense_crf
 from stego import (
     DEFAULTS,
+    SETTINGS,
     VOID,
     ClusterProbe,
     InputError,
@@ -47,6 +48,7 @@ from stego import (
 )
 
 RAW, ONLINE, REFIT, LINEAR = "k-means on features", "cluster probe", "k-means on codes", "linear probe"  # table rows
+CRF = " + CRF"  # behind the name of a probe: its probabilities, sharpened
 
 # ---------------------------------------------------------------------------------------------------------------
 # Scores: everything from one confusion matrix
@@ -378,10 +380,10 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
     """
     device, (rank, world) = next(model.head.parameters()).device, data.process()
     mine = range(rank, len(collection), world)
-    names = [name + suffix for name in probes for suffix in ("", " + CRF")[:1 + crf]]
+    names = [name + suffix for name in probes for suffix in ("", CRF)[:1 + crf]]
     confusions, samples, pending = {}, [], []
     for name in names if collection.has_labels else ():
-        n_clusters = n_outputs(probes[name.removesuffix(" + CRF")][0])
+        n_clusters = n_outputs(probes[name.removesuffix(CRF)][0])
         confusions[name] = torch.zeros(n_clusters, collection.n_classes, dtype=torch.int64)
     wanted = set(np.linspace(0, len(collection) - 1, min(n_samples, len(collection))).round().astype(int).tolist())
 
@@ -389,7 +391,7 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
         """Scores one image, once its CRFs are done."""
         index, image, label, predictions, refined = entry
         if crf:
-            predictions.update(zip((f"{name} + CRF" for name in probes), refined.result()))
+            predictions.update(zip((name + CRF for name in probes), refined.result()))
         for name, confusion in confusions.items():
             confusion += confusion_matrix(predictions[name], label, *confusion.shape)
         if index in wanted:
@@ -439,7 +441,7 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for name, confusion in confusions.items():
-        clusters = isinstance(probes[name.removesuffix(" + CRF")][0], ClusterProbe)
+        clusters = isinstance(probes[name.removesuffix(CRF)][0], ClusterProbe)
         assignment = hungarian(confusion) if clusters else np.arange(len(confusion))
         results[name] = {**scores(confusion, assignment), "assignment": assignment.tolist()}
         results[name]["iou"] = [None if math.isnan(iou) else iou for iou in results[name]["iou"]]  # JSON has no NaN
@@ -458,12 +460,12 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
     if collection.has_labels:
         columns.append(("label", [paint(sample["label"], collection.palette) for sample in samples]))
     n_clusters = len(probes[prediction][0].centroids)
-    for name in (RAW, prediction, f"{prediction} + CRF", LINEAR):
+    for name in (RAW, prediction, prediction + CRF, LINEAR):
         if name in samples[0]:
             if results:
                 matched = results[name]["assignment"]
             else:  # without classes: the colours of the predicted clusters that they share most pixels with
-                n = n_outputs(probes[name.removesuffix(" + CRF")][0])
+                n = n_outputs(probes[name.removesuffix(CRF)][0])
                 matched = hungarian(sum(confusion_matrix(sample[name], sample[prediction], n, n_clusters) for sample in samples))
             colours = cluster_palette(matched, collection.palette)
             unmatched = unmatched or min(matched) < 0
@@ -486,9 +488,9 @@ def table(results, prediction=None):
 
     results: name of a probe, with " + CRF" or without -> the `scores` of each run.
     """
-    names = [name for name in results if not name.endswith(" + CRF")]
+    names = [name for name in results if not name.endswith(CRF)]
     width = max(map(len, names), default=0)  # without labels there are no scores
-    suffixes = [suffix for suffix in ("", " + CRF") if any(f"{name}{suffix}" in results for name in names)]
+    suffixes = [suffix for suffix in ("", CRF) if any(name + suffix in results for name in names)]
     lines = [" " * width + "".join(f"{'mIoU' + suffix:>14}{'accuracy':>14}" for suffix in suffixes)]
     for name in names:
         line = f"{name:{width}}"
@@ -858,8 +860,22 @@ def choose_precision(name, device):
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def default_workers():
-    return max(1, min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))  # set by torchrun
+def add_settings(parser, settings):
+    """Options for these settings, in stego.SETTINGS' form; those that nobody types are not in what the parser returns."""
+    for name, (default, kind, advice) in settings.items():
+        how = ({"action": argparse.BooleanOptionalAction} if kind is bool else {"choices": kind} if type(kind) is tuple else
+               {"type": kind, "nargs": 3 if name == "same_class" else None})
+        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **how,
+                            help=advice if default is None else f"{advice} (default {default})")
+
+
+def add_machine_options(parser):
+    parser.add_argument("--cache-dir", default="cache", help="where features are kept, which can be large, and which files were "
+                        "found readable (default cache)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    parser.add_argument("--workers", type=Number(int, 0), default=max(1, min(8, cores)),
+                        help="processes that decode images and run CRFs (default: one a core, at most 8)")
 
 
 def run(main):
@@ -894,32 +910,21 @@ def parse_args():
     parser.add_argument("--checkpoint", help="checkpoint.pt of a training run, the run's folder, or the authors' .ckpt")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--predict", metavar="PHOTOS", help="segment this image, or all below this folder, of any size")
-    parser.add_argument("--out", metavar="FOLDER", help="where results go (default: eval-<split> beside checkpoint.pt, "
-                        "or in a folder named like the .ckpt)")
-    parser.add_argument("--dataset", metavar="NAME", help="default: the one it was trained on")
-    parser.add_argument("--data-root", metavar="FOLDER", help="default: the one it was trained on")
-    parser.add_argument("--split", default="val", help="val (default) or train; dev of the scenes; unlabelled_train "
-                        "of potsdam")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out images and labels that cannot be read")
-    parser.add_argument("--eval-resolution", type=Number(int, 1), help="pixels of the shorter side, rounded to whole patches (default: "
-                        "as in training)")
-    parser.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True,
-                        help="sharpen with the dense CRF; --no-crf is several times faster")
     modes.add_argument("--baseline", action="store_true", help="also score what needs no head: k-means on the features, on "
-                        "their principal components and on random projections, and a linear probe on them")
-    modes.add_argument("--correspondences", action="store_true", help="only draw what corresponds to a point "
-                        "(heatmaps.png) and, with labels, how well that tells classes apart (precision_recall.png)")
-    parser.add_argument("--cache-dir", default="cache", help="where it is kept which files were found readable, and where "
-                        "--baseline and --correspondences find or put features")
-    parser.add_argument("--clusters", choices=("refit", "online"), help="k-means on the finished codes, or the probe that "
-                        "was trained beside the head (default: the former where there is one)")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="of the backbone's matrix products (default: bfloat16 where the device has it)")
-    parser.add_argument("--workers", type=Number(int, 0), default=default_workers(),
-                        help="processes that decode images and run CRFs (default: one a core, at most 8)")
-    modes.add_argument("--compare", nargs="+", metavar="RUN", help="only print the scores of these runs, mean and "
-                        "standard deviation over those whose names differ in -seedN alone")
+                       "their principal components and on random projections, and a linear probe on them")
+    modes.add_argument("--correspondences", action="store_true", help="only draw what corresponds to a point (heatmaps.png) "
+                       "and, with labels, how well that tells classes apart (precision_recall.png)")
+    modes.add_argument("--compare", nargs="+", metavar="RUN", help="only print the scores of these runs, mean and standard "
+                       "deviation over those whose names differ in -seedN alone")
+    parser.add_argument("--out", metavar="FOLDER", help="where results go (default: eval-<split> beside checkpoint.pt, or in a "
+                        "folder named like the .ckpt)")
+    parser.add_argument("--split", default="val", help="val (default) or train; dev of the scenes; unlabelled_train of potsdam")
+    parser.add_argument("--clusters", choices=("refit", "online"), help="k-means on the finished codes, or the probe that was "
+                        "trained beside the head (default: the former where there is one)")
+    again = parser.add_argument_group("settings", "as in training, if not given: but for --crf and --precision auto")
+    settings = {**SETTINGS["data"], **SETTINGS["model"], **SETTINGS["run"]}
+    add_settings(again, {name: settings[name] for name in ("dataset", "data_root", "skip_bad", "eval_resolution", "precision", "crf")})
+    add_machine_options(parser)
     args = parser.parse_args()
     if not (args.checkpoint or args.compare):
         raise InputError("give --checkpoint FILE, or --compare RUN RUN ...")
@@ -941,8 +946,9 @@ def main():
     model, config = load_checkpoint(path, device)
     config = {**DEFAULTS, **config}
     check_settings(config, path)
-    model.bfloat16 = choose_precision(args.precision, device)
-    size = data.round_to_patch(args.eval_resolution or config["eval_resolution"], model.backbone.patch_size)
+    config.update({"precision": "auto", "crf": True, **{name: vars(args)[name] for name in DEFAULTS if name in args}})
+    model.bfloat16 = choose_precision(config["precision"], device)
+    size = data.round_to_patch(config["eval_resolution"], model.backbone.patch_size)
     probes, prediction = model_probes(model)
     if args.clusters == "refit" and not model.refit_probe:
         raise InputError(f"--clusters refit: {path} has no clusters of finished codes, only those of the online probe")
@@ -953,24 +959,21 @@ def main():
             raise InputError("--predict is for one process: start it without torchrun")
         probe = probes[prediction][0]
         n, bad = predict_folder(model, probe, args.predict, args.out, size, *legend(config, prediction, n_outputs(probe), path),
-                                args.crf)
+                                config["crf"])
         print(f"{n} images segmented into {args.out}")
-        if bad and not args.skip_bad:
+        if bad and not config["skip_bad"]:
             raise InputError(f"{data.listed(bad)}; all others are segmented")
         if bad:
             print(f"left out {data.listed(bad)}")
         return
-    collection = data.load_collection(args.dataset or config["dataset"], args.data_root or config["data_root"],
-                                      args.split, config["num_classes"])
-    collections, skip_bad = [collection], args.skip_bad or config["skip_bad"]
+    splits = (args.split, "train") if args.baseline or args.correspondences else (args.split,)
+    collection, *train = collections = [
+        data.load_collection(config["dataset"], config["data_root"], split, config["num_classes"]) for split in splits]
+    data.check_files(collections, args.cache_dir, args.workers, config["skip_bad"])
     folder = path.with_suffix("") if path.suffix == ".ckpt" else path.parent  # several of the authors' lie side by side
     out = Path(args.out or folder / f"eval-{args.split}")
-    if args.baseline or args.correspondences:
-        train = data.load_collection(config["dataset"], config["data_root"], "train", config["num_classes"])
-        collections.append(train)
-    data.check_files(collections, args.cache_dir, args.workers, skip_bad)
-    if args.baseline or args.correspondences:
-        train_size = data.round_to_patch(config["resolution"], model.backbone.patch_size)
+    if train:
+        train, train_size = train[0], data.round_to_patch(config["resolution"], model.backbone.patch_size)
         features = data.extract_features(model.backbone, train, train_size, config["crop"], model.facet, model.bfloat16,
                                          args.cache_dir, workers=args.workers, device=device)
     if args.correspondences:
@@ -986,12 +989,11 @@ def main():
         print(f"pictures of {train.root}, split train, are in {out}")
         return
     if args.baseline:
-        probes = {**baseline_probes(features, config["code_dim"], len(probes[prediction][0].centroids),
-                                    train.n_classes if train.has_labels else None, config["steps"],
-                                    config["seed"], device),
-                  **probes}
+        baselines = baseline_probes(features, config["code_dim"], len(probes[prediction][0].centroids),
+                                    train.n_classes if train.has_labels else None, config["steps"], config["seed"], device)
+        probes = {**baselines, **probes}
     print(f"{len(collection)} images of {collection.root}, split {collection.split}, at {size} pixels")
-    confusions, samples = evaluate(model, collection, size, probes, args.crf, workers=args.workers)
+    confusions, samples = evaluate(model, collection, size, probes, config["crf"], workers=args.workers)
     if rank:
         return
     report(out, confusions, samples, collection, probes, prediction, warnings=config.get("warnings", ()))

@@ -52,30 +52,22 @@ from stego import (
 
 def parse_args():
     """(given, options): the settings typed on the command line, and the options that no result depends on."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
-    parser.add_argument("--preset", metavar="NAME", help="all settings of a published result, or of the scenes, where no other "
-                        f"option says otherwise: {', '.join(PRESETS)}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", metavar="NAME", default=argparse.SUPPRESS, help="all settings of a published result, or of "
+                        f"the scenes, where no other option says otherwise: {', '.join(PRESETS)}")
     for title, settings in SETTINGS.items():
         group = parser.add_argument_group(title)
-        for name, (default, kind, advice) in settings.items():
-            how = ({"action": argparse.BooleanOptionalAction} if kind is bool else {"choices": kind} if type(kind) is tuple else
-                   {"type": kind, "nargs": 3 if name == "same_class" else None})
-            group.add_argument(f"--{name.replace('_', '-')}", **how,
-                               help=advice if default is None else f"{advice} (default {default})")
-    group.add_argument("--name", default=None, help="results go into runs/<name> (default: the data set's name, numbered)")
+        evaluate.add_settings(group, settings)
+    group.add_argument("--name", help="results go into runs/<name> (default: the data set's name, numbered)")
     group.add_argument("--seeds", type=Number(int, 1), default=1, help="train so many heads, with seeds from --seed on, and "
                        "print their mean and spread (default 1)")
-    group.add_argument("--resume", action="store_true", default=False, help="go on with the run of that name")
+    group.add_argument("--resume", action="store_true", help="go on with the run of that name")
     group.add_argument("--features", choices=("auto", "cached", "live"), default="auto", help="cached: kept on disk, the "
                        "backbone sees each view once; live: computed at every step; auto (default): cached if they fit")
     group.add_argument("--cache-gb", type=Number(float, 0), default=100, help="gigabytes that auto may fill (default 100)")
-    group.add_argument("--cache-dir", default="cache", help="where features are kept; they can be large (default cache)")
-    group.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
-    group.add_argument("--workers", type=Number(int, 0), default=evaluate.default_workers(),
-                       help="processes that decode images and run CRFs (default: one a core, at most 8)")
     group.add_argument("--checkpoint-every", type=Number(int, 1), default=500, help="steps between checkpoints (default 500)")
     group.add_argument("--log-every", type=Number(int, 1), default=20, help="steps between lines of log.jsonl (default 20)")
+    evaluate.add_machine_options(group)
     options = parser.parse_args()
     given = {name: vars(options).pop(name) for name in ("preset", *DEFAULTS) if name in options}
     for key in ("data_root", "backbone"):  # a run can be resumed and evaluated from another folder

@@ -186,7 +186,7 @@ def evaluation(quick, device):
     model = stego.Stego(stego.load_backbone("vit_tiny_scenes"), 70, 9, 9).to(device).eval()
     collection, probes = data.Scenes("dev", n), {evaluate.ONLINE: (model.cluster_probe, "codes"),
                                                  evaluate.LINEAR: (model.linear_probe, "codes")}
-    workers = evaluate.default_workers()
+    workers = os.cpu_count()
     def score(**options):
         return evaluate.evaluate(model, collection, size, probes, **options)
     plain, = take_turns(1, lambda: score(crf=False, workers=workers))
