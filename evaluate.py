@@ -465,8 +465,8 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
             if results:
                 matched = results[name]["assignment"]
             else:  # without classes: the colours of the predicted clusters that they share most pixels with
-                n = n_outputs(probes[name.removesuffix(CRF)][0])
-                matched = hungarian(sum(confusion_matrix(sample[name], sample[prediction], n, n_clusters) for sample in samples))
+                shape = n_outputs(probes[name.removesuffix(CRF)][0]), n_clusters
+                matched = hungarian(sum(confusion_matrix(sample[name], sample[prediction], *shape) for sample in samples))
             colours = cluster_palette(matched, collection.palette)
             unmatched = unmatched or min(matched) < 0
             columns.append((name, [paint(sample[name], colours) for sample in samples]))
@@ -870,8 +870,8 @@ def add_settings(parser, settings):
 
 
 def add_machine_options(parser):
-    parser.add_argument("--cache-dir", default="cache", help="where features are kept, which can be large, and which files were "
-                        "found readable (default cache)")
+    parser.add_argument("--cache-dir", default="cache", help="where features are kept, which can be large, and which files "
+                        "were found readable (default cache)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
     parser.add_argument("--workers", type=Number(int, 0), default=max(1, min(8, cores)),
@@ -921,9 +921,10 @@ def parse_args():
     parser.add_argument("--split", default="val", help="val (default) or train; dev of the scenes; unlabelled_train of potsdam")
     parser.add_argument("--clusters", choices=("refit", "online"), help="k-means on the finished codes, or the probe that was "
                         "trained beside the head (default: the former where there is one)")
-    again = parser.add_argument_group("settings", "as in training, if not given: but for --crf and --precision auto")
-    settings = {**SETTINGS["data"], **SETTINGS["model"], **SETTINGS["run"]}
-    add_settings(again, {name: settings[name] for name in ("dataset", "data_root", "skip_bad", "eval_resolution", "precision", "crf")})
+    every = {name: setting for group in SETTINGS.values() for name, setting in group.items()}
+    for name in ("dataset", "data_root", "skip_bad", "eval_resolution"):
+        add_settings(parser, {name: ("as in training", *every[name][1:])})
+    add_settings(parser, {name: every[name] for name in ("precision", "crf")})
     add_machine_options(parser)
     args = parser.parse_args()
     if not (args.checkpoint or args.compare):

@@ -90,8 +90,8 @@ POSITIVE, WEIGHT, RATE, SHIFT = Number(int, 1), Number(float, 0), Number(float, 
 # All settings of a run: what holds where neither a preset nor an option says otherwise, what else it may be, and advice.
 SETTINGS = {
     "data": {
-        "dataset": ("directory", str, ("directory, the default with --data-root: imgs/{train,val} or any folder of images; scenes, "
-                    "that without: drawings; or cocostuff27, cocostuff15, cocostuff3, cityscapes, potsdam, voc")),
+        "dataset": ("directory", str, ("directory, if there is --data-root: imgs/{train,val} or just images; scenes, if not; "
+                    "or cocostuff27, cocostuff15, cocostuff3, cityscapes, potsdam, voc")),
         "data_root": (None, str, "where the images are; without it a published data set says what it needs"),
         "num_classes": (None, Number(int, 1, VOID + 1), "of a directory: kinds of things to tell apart (see classes.txt)"),
         "skip_bad": (False, bool, "leave out images and labels that cannot be read"),
@@ -140,13 +140,9 @@ def check_settings(settings, path):
 
 
 # The settings of the paper's results, checked against the authors' configuration file and those in their checkpoints.
-# code_dim is the paper's K; center is the spatial centring of F. "scenes" is the embedded default, ours.
+# code_dim is the paper's K; center is the spatial centring of F. "scenes" is the embedded default, ours; the rest is above.
 PRESETS = {
-    "scenes": {
-        "dataset": "scenes", "backbone": "vit_tiny_scenes", "resolution": 128, "eval_resolution": 128, "crop": "none",
-        "code_dim": 70, "batch_size": 16, "steps": 400, "center": False,
-        "lambda_self": 1.0, "lambda_knn": 0.577453483136995, "lambda_rand": 0.9058762625226623,  # those of cityscapes-vitb8
-        "b_self": "auto", "b_knn": "auto", "b_rand": "auto"},
+    "scenes": {"dataset": "scenes", "backbone": "vit_tiny_scenes", "resolution": 128, "eval_resolution": 128, "steps": 400},
     "cocostuff27-vitb8": {
         "dataset": "cocostuff27", "backbone": "dino_vitb8", "crop": "five",
         "code_dim": 90, "batch_size": 32, "steps": 7000, "center": True,
