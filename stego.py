@@ -304,7 +304,7 @@ def vit_from_state_dict(state, num_heads=None):
         with torch.device("meta"):  # shapes alone, whatever they would take
             heads, scaled = num_heads or max(1, D // 64), "blocks.0.ls1.gamma" in state
             vit = VisionTransformer(p, D, depth, heads, side * p, registers, scaled)
-        vit.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+        vit.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in state.items()}, assign=True)
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = f"the weights lack {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise InputError(f"not a DINO or DINOv2 ViT: {reason:.500}") from error
