@@ -17,7 +17,7 @@ occupied vertices are blurred with [1/2, 1, 1/2] along d + 1 axes in turn, and t
 same weights (slice). Constant factors of K cancel in n.
 
 What makes it fast in NumPy (values are rows of C floats, irregular access is `np.take` of whole rows):
-- slice: 16 pixels of near simplices, which share vertices, are one dense block of weights, for `np.matmul`;
+- slice: 16 pixels of near simplices, which share vertices, have one dense block of weights; many are one `np.matmul`;
 - splat: the same blocks transposed, then for each vertex the sum of what several blocks add to it;
 - blur: the lines of vertices along an axis lie side by side, so that whole rows of neighbours are added;
 - blocks, sums and lines of like size make one batch, filled up with zeros; n and sqrt(w) are folded into the blocks;
@@ -77,7 +77,7 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
         for lo in range(0, len(q), ROWS):
             total = log_probs[lo:lo + ROWS]
             for message, place in messages:
-                total = total + np.take(message, place[lo:lo + ROWS], axis=0)
+                total = total + message.take(place[lo:lo + ROWS], axis=0)
             if total.max() > 80:  # exp would overflow; below it needs no shift, as messages >= 0 and -U >= log 1e-5
                 total -= total.max(axis=1, keepdims=True)
             x = np.exp(total, out=q[lo:lo + ROWS])
@@ -102,11 +102,11 @@ def _bilateral_kernel(pixels, height, width, xy_std, rgb_std, weight):
 
 
 def _lattice(features):
-    """Lay a permutohedral lattice around points (Adams et al., section 3): features (d, P) float32, in standard deviations.
+    """Permutohedral lattice around points (Adams et al., section 3): features (d, P) float32, in standard deviations.
 
-    Returns an order of the points, those of one simplex together; in this order the d + 1 vertices of the simplex of each
-    point (P, d + 1) and the barycentric weights (P, d + 1); the vertices, each packed to one number, rising, without gaps
-    numbered as above; and what the packed number grows by in a step along each of the d + 1 axes.
+    Returns the points in an order that keeps those of near simplices together; in this order the vertices of the simplex
+    of each, (P, d + 1), and its barycentric weights, (P, d + 1); for each vertex its coordinates packed to one number,
+    rising; and how far this number is from that of the next vertex along each of the d + 1 axes.
     """
     d = len(features)
     too_small = "a standard deviation is too small for this image: its lattice has too many cells to number"
@@ -119,18 +119,16 @@ def _lattice(features):
     elevated = np.cumsum(np.vstack([0 * scaled[:1], scaled[::-1]]), axis=0)[::-1]
     elevated[1:] -= axis.astype(np.float32) * scaled
 
-    # The origin of a simplex is its vertex whose coordinates are multiples of d + 1; coordinates rank by falling distance of
-    # the point from it, of equals the lower first.
+    # Origin of a simplex: the vertex whose coordinates are multiples of d + 1. A coordinate ranks by how far the point lies
+    # ahead of it there, the furthest first, of equals the lower coordinate first.
     steps = np.rint(elevated * np.float32(1 / (d + 1)))
     origin = steps * np.float32(d + 1)
     apart = elevated - origin
     rank = np.stack([np.sum(apart[:i] >= apart[i], axis=0, dtype=np.int8)
                      + np.sum(apart[i + 1:] > apart[i], axis=0, dtype=np.int8) for i in range(d + 1)])
     # Rounding leaves the hyperplane by sum(steps): take it back from the coordinates that were rounded furthest.
-    rank = rank + steps.sum(axis=0).astype(np.int64)
-    wrap = (d + 1) * ((rank < 0).astype(np.int64) - (rank > d))
-    rank += wrap
-    origin += wrap
+    carry, rank = np.divmod(rank + steps.sum(axis=0).astype(np.int64), d + 1)
+    origin -= (d + 1) * carry
     falling = np.empty_like(elevated)
     np.put_along_axis(falling, rank, (elevated - origin) * np.float32(1 / (d + 1)), axis=0)
     weights = (falling - np.roll(falling, -1, axis=0))[::-1]
@@ -142,22 +140,23 @@ def _lattice(features):
     if np.prod(extent.astype(float)) > 2.0 ** 60:
         raise ValueError(too_small)
     simplex = np.ravel_multi_index((*origin // (d + 1), *rank), (*extent // (d + 1), *[d + 1] * d))
-    order = np.argsort(simplex)  # near simplices share vertices, too
-    is_new = np.diff(simplex[order], prepend=-1) != 0
+    order = np.argsort(simplex)
+    is_new = np.diff(simplex[order], prepend=-1) != 0  # other points have the vertices of the one before
     origin, rank = origin[:, order[is_new]], rank[:, order[is_new]]
     radix = np.ravel_multi_index(np.eye(d, dtype=np.int64), extent)
-    # Vertex k of a simplex is its origin + k, less d + 1 in the k coordinates of highest rank.
+    # Vertex k of a simplex is origin + k, less d + 1 in the last k coordinates by rank; weights has its weight in row k.
     keys = np.stack([radix @ (origin + k - (d + 1) * (rank > d - k)) for k in range(d + 1)], axis=1)
     keys, corners = np.unique(keys, return_inverse=True)
     corners = corners.reshape(-1, d + 1)[np.cumsum(is_new) - 1]
-    return order, corners, weights.T[order], keys, (d + 1) * np.append(radix, 0) - radix.sum()
+    steps = (d + 1) * np.append(radix, 0) - radix.sum()  # d on the axis itself, -1 on the others
+    return order, corners, weights.T[order], keys, abs(steps)
 
 
 def _batches(sizes):
-    """Cut a sequence into segments of the given sizes and lay those of like size side by side, about ROWS items a batch.
+    """Cut a sequence into segments of the given sizes; side by side, those of like size make batches of about ROWS items.
 
-    Yields of each batch, longest first, the numbers of its segments, the slices that they and their items take of all
-    in this order, and the index (longest size, segments) of the items in the sequence, where -1 fills up the shorter ones.
+    Yields of each batch, longest first: its segments; their slice of all segments in this order; the slice of their items;
+    the index of these in the sequence, (size of the longest, number of segments), where -1 fills up shorter segments.
     """
     first, order = np.cumsum(sizes) - sizes, np.argsort(-sizes, kind="stable")
     lo = begin = 0
@@ -166,9 +165,8 @@ def _batches(sizes):
         segments = order[lo:lo + max(1, ROWS // size)]
         item = np.arange(size)[:, None]
         index = np.where(item < sizes[segments], first[segments] + item, -1)
-        hi, end = lo + len(segments), begin + index.size
-        yield segments, slice(lo, hi), slice(begin, end), index
-        lo, begin = hi, end
+        yield segments, slice(lo, lo + len(segments)), slice(begin, begin + index.size), index
+        lo, begin = lo + len(segments), begin + index.size
 
 
 class _Kernel:
@@ -181,22 +179,22 @@ class _Kernel:
         points, corners, weights, keys, steps = _lattice(features)
         weights[points >= n_points] = 0  # and weigh nothing
 
-        # Blocks (K, GROUP) of weights: GROUP points by the K vertices that any of them has.
+        # Blocks: the weights of GROUP points for the K vertices that any of them has.
         points, corners = points.reshape(-1, GROUP), corners.reshape(-1, GROUP * (d + 1))
-        n = corners.shape[1]  # entries of a group; numbered behind their vertices, as sort is faster than argsort
-        vertices, entry = np.divmod(np.sort(corners * n + np.arange(n), axis=1), n)
+        entry = np.argsort(corners, axis=1)
+        corners = np.take_along_axis(corners, entry, axis=1)
         weights = np.take_along_axis(weights.reshape(entry.shape), entry, axis=1)
-        is_new = np.diff(vertices, axis=1, prepend=-1) != 0
-        block = np.zeros((is_new.sum() + 1, GROUP), np.float32)
+        is_new = np.diff(corners, axis=1, prepend=-1) != 0
+        vertices = np.append(corners[is_new], len(keys))  # the last is none
+        block = np.zeros((len(vertices), GROUP), np.float32)
         block[np.cumsum(is_new) - 1, entry.ravel() // (d + 1)] = weights.ravel()
-        vertices = np.append(vertices[is_new], len(keys))  # the last is none: it fills up
         blocks, self.place = [], np.empty(points.size, np.int64)  # row of each point in the output
         for chosen, groups, items, index in _batches(is_new.sum(axis=1)):
             blocks.append((groups, items, points[chosen], vertices[index.T], block[index.T]))
             self.place[points[chosen].ravel()] = np.arange(groups.start * GROUP, groups.stop * GROUP)
         self.place = self.place[:n_points]
 
-        # Sums of what several blocks add to a vertex. Row -1 is of none and holds zeros, here and below.
+        # Sums: for each vertex the rows that blocks add to it. Row -1 is that of none, here and below, and holds zeros.
         vertices = np.concatenate([columns.ravel() for *_, columns, _ in blocks])
         items = np.append(np.argsort(vertices, kind="stable"), -1)
         self.sums, row = [], np.full(len(keys) + 1, -1)  # row of each vertex
@@ -204,11 +202,11 @@ class _Kernel:
             self.sums.append((rows, items[index]))
             row[chosen] = np.arange(rows.start, rows.stop)
 
-        # Lines of adjacent vertices along each axis: the rows to take before the blur, and the rows after.
+        # Lines of adjacent vertices along each axis: the rows for them after the blur, and their rows before.
         self.axes = []
-        for step in abs(steps):
-            order = np.append(np.argsort(keys % step, kind="stable"), -1)
-            first = np.flatnonzero(np.diff(keys[order[:-1]], prepend=keys[0] - 1) != step)
+        for step in steps:
+            order = np.append(np.argsort(keys % step, kind="stable"), -1)  # line after line
+            first = np.flatnonzero(np.append(True, np.diff(keys[order[:-1]]) != step))
             before, row = row[order], np.full_like(row, -1)
             self.axes.append([])
             for _, _, rows, index in _batches(np.diff(first, append=len(keys))):
@@ -229,12 +227,12 @@ class _Kernel:
         vertices, blurred = np.empty((2, n_rows + 1, n_classes), np.float32)
         partial[-1] = vertices[-1] = blurred[-1] = 0
         for _, items, points, columns, block in self.blocks:  # splat
-            np.matmul(block, np.take(q, points, axis=0, mode="clip"), out=partial[items].reshape(*columns.shape, n_classes))
+            np.matmul(block, q.take(points, axis=0, mode="clip"), out=partial[items].reshape(*columns.shape, n_classes))
         for rows, source in self.sums:
-            np.add.reduce(np.take(partial, source, axis=0), axis=0, out=vertices[rows])
-        for batches in self.axes:
+            partial.take(source, axis=0).sum(axis=0, out=vertices[rows])
+        for batches in self.axes:  # blur
             for rows, source in batches:
-                x = np.take(vertices, source, axis=0, out=blurred[rows].reshape(*source.shape, n_classes), mode="wrap")
+                x = vertices.take(source, axis=0, out=blurred[rows].reshape(*source.shape, n_classes), mode="wrap")
                 half = x * np.float32(0.5)
                 x[1:] += half[:-1]
                 x[:-1] += half[1:]
@@ -242,7 +240,7 @@ class _Kernel:
         del partial, blurred  # their memory is enough for the output
         out = np.empty((self.blocks[-1][0].stop, GROUP, n_classes), np.float32)
         for groups, _, _, columns, block in self.blocks:  # slice
-            np.matmul(block.swapaxes(1, 2), np.take(vertices, columns, axis=0), out=out[groups])
+            np.matmul(block.swapaxes(1, 2), vertices.take(columns, axis=0), out=out[groups])
         return out.reshape(-1, n_classes)
 
 
@@ -250,7 +248,7 @@ class _Stencil:
     """A spatial kernel of small reach, composed: a tile of 4 x 4 pixels is a dense block times the window it sees."""
 
     def __init__(self, kernel, height, width, reach):
-        """reach of a pixel: a simplex, two steps of blur and a simplex again, all of side std, ends excluded."""
+        """reach of a pixel, in pixels: a simplex, two steps of blur and a simplex again, all of side std, ends excluded."""
         self.side, period = TILE + 2 * reach, 2 * reach + 1
         y, x = np.divmod(np.arange(height * width), width)
         band, tile, lane = x // TILE, y // TILE, y % TILE * TILE + x % TILE  # a band: the tiles above each other
@@ -271,8 +269,8 @@ class _Stencil:
         """As _Kernel.filter; a window is 4 rows of its band below the one before."""
         out = np.empty((*self.blocks.shape[:2], GROUP, q.shape[1]), np.float32)
         for columns, blocks, tiles in zip(self.columns, self.blocks, out):
-            band = np.take(q, columns, axis=0)
-            row = band.strides[0]
-            windows = np.ndarray((*blocks.shape[:2], q.shape[1]), q.dtype, band, 0, (TILE * self.side * row, row, 4))
+            band = q.take(columns, axis=0)
+            below = TILE * self.side * band.strides[0]
+            windows = np.ndarray((*blocks.shape[:2], q.shape[1]), q.dtype, band, strides=(below, *band.strides))
             np.matmul(blocks.swapaxes(1, 2), windows, out=tiles)
         return out.reshape(-1, q.shape[1])
