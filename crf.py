@@ -109,9 +109,6 @@ def _lattice(features):
     rising; and how far this number is from that of the next vertex along each of the d + 1 axes.
     """
     d = len(features)
-    too_small = "a standard deviation is too small for this image: its lattice has too many cells to number"
-    if np.ptp(features, axis=1).max() > 1e5:  # float32 no longer tells neighbouring simplices apart
-        raise ValueError(too_small)
     # Onto the hyperplane sum = 0 of d + 1 dimensions, scaled so that the whole filter has unit variance. All in float32
     # and in pydensecrf's order: a point within rounding of a face should fall on the same side of it.
     axis = np.arange(1, d + 1)[:, None]
@@ -137,8 +134,8 @@ def _lattice(features):
     origin, rank = origin[:d].astype(np.int64), rank[:d]  # the last of d + 1 coordinates is implied: they sum to zero
     origin -= origin.min(axis=1, keepdims=True)
     extent = origin.max(axis=1) + 4 * (d + 1)  # with room to step along any axis without a carry
-    if np.prod(extent.astype(float)) > 2.0 ** 60:
-        raise ValueError(too_small)
+    if np.prod(extent.astype(float)) > 2.0 ** 60 or np.ptp(features, axis=1).max() > 1e5:  # float32 is too coarse
+        raise ValueError("a standard deviation is too small for this image: its lattice has too many cells to number")
     simplex = np.ravel_multi_index((*origin // (d + 1), *rank), (*extent // (d + 1), *[d + 1] * d))
     order = np.argsort(simplex)
     is_new = np.diff(simplex[order], prepend=-1) != 0  # other points have the vertices of the one before
