@@ -17,11 +17,10 @@ occupied vertices are blurred with [1/2, 1, 1/2] along d + 1 axes in turn, and t
 same weights (slice). Constant factors of K cancel in n.
 
 What makes it fast in NumPy (values are rows of C floats, irregular access is `np.take` of whole rows):
-- slice is a sparse matrix whose rows are ordered so that 16 neighbours use much the same columns; each 16 rows are one
-  dense block over those columns, and the product is a batch of small matrix products;
-- splat is these blocks transposed, then the sum of what several blocks add to a vertex;
-- n and sqrt(w) are folded into the blocks, so that normalisation and kernel weights are free;
-- blur puts the lines of an axis side by side, so that all neighbours are one fixed stride away;
+- slice: 16 pixels of near simplices, which share vertices, have one dense block of weights; many are one `np.matmul`;
+- splat: the same blocks transposed, then for each vertex the sum of what several blocks add to it;
+- blur: the lines of vertices along an axis lie side by side, so that whole rows of neighbours are added;
+- blocks, sums and lines of like size make one batch, filled up with zeros; n and sqrt(w) are folded into the blocks;
 - where k_g reaches but three pixels, slice . blur . splat is composed, once for all images of a size.
 
 As pydensecrf, whose results it equals to rounding: the term j = i stays in the sum, probs are clipped at 1e-5.
@@ -29,13 +28,12 @@ As in the authors' code (src/crf.py, eb4d6b5) colours enter as BGR; a lattice is
 One call keeps one core busy: for many images run one process a core, each with one BLAS thread.
 """
 import functools
-import itertools
 
 import numpy as np
 
 TILE = 4  # side of a square of pixels
-GROUP = TILE ** 2  # rows of a dense block: more share more columns, but multiply more zeros
-ROWS = 8192  # rows handled by one NumPy call: few calls, yet the rows stay in the processor's cache
+GROUP = TILE ** 2  # pixels of a dense block: more share more vertices, but multiply more zeros
+ROWS = 4096  # rows handled by one NumPy call: few calls, yet the rows stay in the processor's cache
 
 
 def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
@@ -71,23 +69,18 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
     if bilateral_weight:
         kernels.append(_bilateral_kernel(image.tobytes(), height, width, float(bilateral_xy_std), float(bilateral_rgb_std),
                                          float(bilateral_weight)))
-    *scratch, messages = _buffers(kernels, n_classes)
 
-    log_probs = probs.reshape(n_classes, -1).T.astype(np.float32, order="C")  # (P, C), as all below
-    np.log(np.clip(log_probs, 1e-5, 1, out=log_probs), out=log_probs)
-    q, part = np.empty_like(log_probs), np.empty((ROWS, n_classes), np.float32)
+    log_probs = np.log(probs.reshape(n_classes, -1).T.astype(np.float32, order="C").clip(1e-5, 1))  # (P, C), as all below
+    q = np.empty_like(log_probs)
     for iteration in range(iterations + 1):  # number 0, without messages, is the start Q = softmax(-U)
-        active = list(zip(kernels, messages)) if iteration else []
-        for kernel, message in active:
-            kernel.filter(q, *scratch, message)
+        messages = [(kernel.filter(q), kernel.place) for kernel in kernels] if iteration else []
         for lo in range(0, len(q), ROWS):
-            x, total = q[lo:lo + ROWS], log_probs[lo:lo + ROWS]
-            for kernel, message in active:
-                received = np.take(message, kernel.place[lo:lo + ROWS], axis=0, out=part[:len(x)], mode="clip")
-                total = np.add(total, received, out=x)
+            total = log_probs[lo:lo + ROWS]
+            for message, place in messages:
+                total = total + message.take(place[lo:lo + ROWS], axis=0)
             if total.max() > 80:  # exp would overflow; below it needs no shift, as messages >= 0 and -U >= log 1e-5
                 total -= total.max(axis=1, keepdims=True)
-            np.exp(total, out=x)
+            x = np.exp(total, out=q[lo:lo + ROWS])
             x /= (x @ np.ones(n_classes, np.float32))[:, None]
     return np.ascontiguousarray(q.T).reshape(probs.shape)
 
@@ -105,81 +98,72 @@ def _spatial_kernel(height, width, std, weight):
 @functools.lru_cache(maxsize=1)  # predictions of several probes for one image follow each other
 def _bilateral_kernel(pixels, height, width, xy_std, rgb_std, weight):
     colour = np.frombuffer(pixels, np.uint8).reshape(-1, 3).T[::-1]  # BGR
-    features = np.vstack([_positions(height, width) / np.float32(xy_std), colour / np.float32(rgb_std)])
-    return _Kernel(features, weight)
+    return _Kernel(np.vstack([_positions(height, width) / np.float32(xy_std), colour / np.float32(rgb_std)]), weight)
 
 
-def _simplices(features):
-    """Enclosing simplex of each point (Adams et al., section 3): features (d, P) float32, in standard deviations.
+def _lattice(features):
+    """Permutohedral lattice around points (Adams et al., section 3): features (d, P) float32, in standard deviations.
 
-    Returns the vertex whose coordinates are multiples of d + 1, (d + 1, P), the rank of each coordinate by falling
-    distance of the point from it, (d + 1, P), and the barycentric weights (d + 1, P) of the vertices, this one first.
+    Returns the points in an order that keeps those of near simplices together; in this order the vertices of the simplex
+    of each, (P, d + 1), and its barycentric weights, (P, d + 1); for each vertex its coordinates packed to one number,
+    rising; and how far this number is from that of the next vertex along each of the d + 1 axes.
     """
-    d, n_points = features.shape
+    d = len(features)
     # Onto the hyperplane sum = 0 of d + 1 dimensions, scaled so that the whole filter has unit variance. All in float32
     # and in pydensecrf's order: a point within rounding of a face should fall on the same side of it.
-    scale = np.float32(np.sqrt(2 / 3) * (d + 1)) / np.sqrt(np.arange(1, d + 1) * np.arange(2, d + 2))
-    elevated, total = np.empty((d + 1, n_points), np.float32), np.zeros(n_points, np.float32)
-    for j in range(d, 0, -1):
-        scaled = features[j - 1] * np.float32(scale[j - 1])
-        elevated[j] = total - np.float32(j) * scaled
-        total += scaled
-    elevated[0] = total
+    axis = np.arange(1, d + 1)[:, None]
+    scaled = features * (np.float32(np.sqrt(2 / 3) * (d + 1)) / np.sqrt(axis * (axis + 1))).astype(np.float32)
+    elevated = np.cumsum(np.vstack([0 * scaled[:1], scaled[::-1]]), axis=0)[::-1]
+    elevated[1:] -= axis.astype(np.float32) * scaled
 
+    # Origin of a simplex: the vertex whose coordinates are multiples of d + 1. A coordinate ranks by how far the point lies
+    # ahead of it there, the furthest first, of equals the lower coordinate first.
     steps = np.rint(elevated * np.float32(1 / (d + 1)))
     origin = steps * np.float32(d + 1)
-    apart, rank = elevated - origin, np.zeros((d + 1, n_points), np.int64)
-    for i in range(d):
-        for j in range(i + 1, d + 1):
-            less = apart[i] < apart[j]  # of equals the lower index ranks first
-            rank[i] += less
-            rank[j] += ~less
+    apart = elevated - origin
+    rank = np.stack([np.sum(apart[:i] >= apart[i], axis=0, dtype=np.int8)
+                     + np.sum(apart[i + 1:] > apart[i], axis=0, dtype=np.int8) for i in range(d + 1)])
     # Rounding leaves the hyperplane by sum(steps): take it back from the coordinates that were rounded furthest.
-    rank += steps.sum(axis=0).astype(np.int64)
-    wrap = (d + 1) * ((rank < 0).astype(np.int64) - (rank > d))
-    rank += wrap
-    origin += wrap
-
+    carry, rank = np.divmod(rank + steps.sum(axis=0).astype(np.int64), d + 1)
+    origin -= (d + 1) * carry
     falling = np.empty_like(elevated)
     np.put_along_axis(falling, rank, (elevated - origin) * np.float32(1 / (d + 1)), axis=0)
     weights = (falling - np.roll(falling, -1, axis=0))[::-1]
     weights[0] += 1
-    return origin, rank, weights
+
+    origin, rank = origin[:d].astype(np.int64), rank[:d]  # the last of d + 1 coordinates is implied: they sum to zero
+    origin -= origin.min(axis=1, keepdims=True)
+    extent = origin.max(axis=1) + 4 * (d + 1)  # with room to step along any axis without a carry
+    if np.prod(extent.astype(float)) > 2.0 ** 60 or np.ptp(features, axis=1).max() > 1e5:  # float32 is too coarse
+        raise ValueError("a standard deviation is too small for this image: its lattice has too many cells to number")
+    simplex = np.ravel_multi_index((*origin // (d + 1), *rank), (*extent // (d + 1), *[d + 1] * d))
+    order = np.argsort(simplex)
+    is_new = np.diff(simplex[order], prepend=-1) != 0  # other points have the vertices of the one before
+    origin, rank = origin[:, order[is_new]], rank[:, order[is_new]]
+    radix = np.ravel_multi_index(np.eye(d, dtype=np.int64), extent)
+    # Vertex k of a simplex is origin + k, less d + 1 in the last k coordinates by rank; weights has its weight in row k.
+    keys = np.stack([radix @ (origin + k - (d + 1) * (rank > d - k)) for k in range(d + 1)], axis=1)
+    keys, corners = np.unique(keys, return_inverse=True)
+    corners = corners.reshape(-1, d + 1)[np.cumsum(is_new) - 1]
+    steps = (d + 1) * np.append(radix, 0) - radix.sum()  # d on the axis itself, -1 on the others
+    return order, corners, weights.T[order], keys, abs(steps)
 
 
-def _runs(sizes, rows):
-    """Cut items of falling size into runs (start, stop, size of the first) that fill about `rows` rows when padded."""
-    start = 0
-    while start < len(sizes):
-        size = int(sizes[start])
-        stop = min(len(sizes), start + max(1, rows // size))
-        yield start, stop, size
-        start = stop
+def _batches(sizes):
+    """Cut a sequence into segments of the given sizes; side by side, those of like size make batches of about ROWS items.
 
-
-def _dense_blocks(columns, values):
-    """A sparse matrix, of each row the columns and values (R, n), as blocks: GROUP rows by the K columns that any uses.
-
-    Returns runs (lo, hi, columns, blocks (groups, K, GROUP)) of rows in order of falling K, filled up with zeros of
-    column 0, and the place of each row in that order.
+    Yields of each batch, longest first: its segments; their slice of all segments in this order; the slice of their items;
+    the index of these in the sequence, (size of the longest, number of segments), where -1 fills up shorter segments.
     """
-    padding = (0, -len(columns) % GROUP), (0, 0)
-    columns = np.pad(columns, padding, mode="edge").reshape(-1, GROUP * columns.shape[1])
-    values = np.pad(values, padding).reshape(columns.shape)
-    n = columns.shape[1]  # entries of a group; numbered behind their columns, as sort is faster than argsort
-    columns, entry = np.divmod(np.sort(columns * n + np.arange(n), axis=1), n)
-    values, lanes = np.take_along_axis(values, entry, axis=1), entry // (n // GROUP)
-    within = np.cumsum(np.diff(columns, axis=1, prepend=columns[:, :1]) != 0, axis=1)  # column of its block
-    width = within[:, -1] + 1
-    by_width, runs = np.argsort(-width, kind="stable"), []
-    for start, stop, size in _runs(width[by_width], ROWS):
-        chosen = by_width[start:stop]
-        cells = size * np.arange(stop - start)[:, None] + within[chosen]
-        used, blocks = np.zeros(size * (stop - start), np.int64), np.zeros((stop - start, size, GROUP), np.float32)
-        used[cells] = columns[chosen]
-        blocks.reshape(-1, GROUP)[cells, lanes[chosen]] = values[chosen]
-        runs.append((start * GROUP, stop * GROUP, used, blocks))
-    return runs, (GROUP * np.argsort(by_width)[:, None] + np.arange(GROUP)).ravel()
+    first, order = np.cumsum(sizes) - sizes, np.argsort(-sizes, kind="stable")
+    lo = begin = 0
+    while lo < len(order):
+        size = sizes[order[lo]]
+        segments = order[lo:lo + max(1, ROWS // size)]
+        item = np.arange(size)[:, None]
+        index = np.where(item < sizes[segments], first[segments] + item, -1)
+        yield segments, slice(lo, lo + len(segments)), slice(begin, begin + index.size), index
+        lo, begin = lo + len(segments), begin + index.size
 
 
 class _Kernel:
@@ -188,154 +172,102 @@ class _Kernel:
     def __init__(self, features, weight):
         """features (d, P) float32, in standard deviations."""
         d, n_points = features.shape
-        too_small = "a standard deviation is too small for this image: its lattice has too many cells to number"
-        if np.ptp(features, axis=1).max() > 1e5:  # float32 no longer tells neighbouring simplices apart
-            raise ValueError(too_small)
-        origin, rank, weights = _simplices(features)
-        origin = origin[:d].astype(np.int64)  # the last of d + 1 coordinates is implied: they sum to zero
-        origin -= origin.min(axis=1, keepdims=True)
-        extent = origin.max(axis=1) + 4 * (d + 1)  # with room to step along any axis without a carry
-        if np.prod(extent.astype(float)) > 2.0 ** 60:
-            raise ValueError(too_small)
+        features = np.pad(features, ((0, 0), (0, -n_points % GROUP)), mode="edge")  # points that fill the last block
+        points, corners, weights, keys, steps = _lattice(features)
+        weights[points >= n_points] = 0  # and weigh nothing
 
-        # Points of a simplex share its vertices, and near simplices share some.
-        simplex = np.ravel_multi_index((*origin // (d + 1), *rank[:d]), (*extent // (d + 1), *[d + 1] * d))
-        order = np.argsort(simplex)
-        is_new = np.append(True, np.diff(simplex[order]) != 0)
-        heads = order[is_new]
-        # From a vertex of a simplex to the next one coordinate drops by d, in order of falling rank, others grow by 1.
-        radix = np.append(np.ravel_multi_index(np.eye(d, dtype=np.int64), extent), 0)
-        walk = np.empty((d + 1, len(heads)), np.int64)
-        np.put_along_axis(walk, (d + 1 - rank[:, heads]) % (d + 1), radix.sum() - (d + 1) * radix[:, None], axis=0)
-        walk[0] = radix[:d] @ origin[:, heads]
-        keys, corners = np.unique(np.cumsum(walk, axis=0).T, return_inverse=True)
+        # Blocks: the weights of GROUP points for the K vertices that any of them has.
+        points, corners = points.reshape(-1, GROUP), corners.reshape(-1, GROUP * (d + 1))
+        entry = np.argsort(corners, axis=1)
+        corners = np.take_along_axis(corners, entry, axis=1)
+        weights = np.take_along_axis(weights.reshape(entry.shape), entry, axis=1)
+        is_new = np.diff(corners, axis=1, prepend=-1) != 0
+        vertices = np.append(corners[is_new], len(keys))  # the last is none
+        block = np.zeros((len(vertices), GROUP), np.float32)
+        block[np.cumsum(is_new) - 1, entry.ravel() // (d + 1)] = weights.ravel()
+        blocks, self.place = [], np.empty(points.size, np.int64)  # row of each point in the output
+        for chosen, groups, items, index in _batches(is_new.sum(axis=1)):
+            blocks.append((groups, items, points[chosen], vertices[index.T], block[index.T]))
+            self.place[points[chosen].ravel()] = np.arange(groups.start * GROUP, groups.stop * GROUP)
+        self.place = self.place[:n_points]
 
-        corners = 1 + corners.reshape(-1, d + 1)[np.cumsum(is_new) - 1]  # vertices count from 1: row 0 holds zeros
-        self.runs, place = _dense_blocks(corners, weights.T[order])
-        self.n_out = len(place)
-        self.place = np.empty(n_points, np.int64)  # row of each point in the output
-        self.place[order] = place[:n_points]
-        self.point = np.zeros(self.n_out, np.int64)  # and the reverse; rows that fill up meet zeros
-        self.point[self.place] = np.arange(n_points)
-        row = np.append(0, self._plan_blur(keys, radix, self._plan_sums(np.concatenate([run[2] for run in self.runs]))))
-        self.runs = [(lo, hi, row[columns], blocks) for lo, hi, columns, blocks in self.runs]
-        self.n_buffer = max(max(run[1] - run[0], len(run[2])) for run in itertools.chain(self.runs, self.sums, *self.axes))
+        # Sums: for each vertex the rows that blocks add to it. Row -1 is that of none, here and below, and holds zeros.
+        vertices = np.concatenate([columns.ravel() for *_, columns, _ in blocks])
+        items = np.append(np.argsort(vertices, kind="stable"), -1)
+        self.sums, row = [], np.full(len(keys) + 1, -1)  # row of each vertex
+        for chosen, rows, _, index in _batches(np.bincount(vertices)[:len(keys)]):
+            self.sums.append((rows, items[index]))
+            row[chosen] = np.arange(rows.start, rows.stop)
 
-        *scratch, (norm,) = _buffers([self], 1)
-        self.filter(np.ones((n_points, 1), np.float32), *scratch, norm)  # K 1
-        norm = np.sqrt(np.float32(weight) / (norm[:, 0] + np.float32(1e-20)))
-        for lo, hi, _, blocks in self.runs:
-            blocks *= norm[lo:hi].reshape(-1, 1, GROUP)
+        # Lines of adjacent vertices along each axis: the rows for them after the blur, and their rows before.
+        self.axes = []
+        for step in steps:
+            order = np.append(np.argsort(keys % step, kind="stable"), -1)  # line after line
+            first = np.flatnonzero(np.append(True, np.diff(keys[order[:-1]]) != step))
+            before, row = row[order], np.full_like(row, -1)
+            self.axes.append([])
+            for _, _, rows, index in _batches(np.diff(first, append=len(keys))):
+                self.axes[-1].append((rows, before[index]))
+                row[order[index].ravel()] = np.arange(rows.start, rows.stop)
+            row[-1] = -1
+        self.blocks = [(groups, items, points, row[columns], block) for groups, items, points, columns, block in blocks]
 
-    def _plan_sums(self, vertex):
-        """Each block adds to the vertices it uses: vertex of each such partial sum. Returns the row of each vertex."""
-        partial = np.append(1 + np.argsort(vertex, kind="stable"), 0)  # rows by vertex; last the row of zeros
-        degree = np.bincount(vertex)
-        start, by_degree = np.cumsum(degree) - degree, 1 + np.argsort(-degree[1:], kind="stable")
-        self.sums, self.n_rows = [], len(partial)
-        for lo, hi, size in _runs(degree[by_degree], ROWS):
-            position, chosen = np.arange(size)[:, None], by_degree[lo:hi]
-            source = partial[np.where(position < degree[chosen], start[chosen] + position, -1)]
-            self.sums.append((1 + lo, 1 + hi, source.ravel()))
-        return 1 + np.argsort(by_degree)
+        norm = self.filter(np.ones((n_points, 1), np.float32))  # K 1
+        norm = np.sqrt(np.float32(weight) / (norm + np.float32(1e-20))).reshape(-1, 1, GROUP)
+        for groups, *_, block in self.blocks:
+            block *= norm[groups]
 
-    def _plan_blur(self, keys, radix, row):
-        """For each axis lay the lines of adjacent vertices side by side, longest first: neighbours are a stride apart.
-
-        keys: packed vertices, rising; row: of each vertex before the blur (row 0 holds zeros). Returns it after.
-        """
-        self.axes, row = [], np.append(row, 0)
-        for axis in range(len(radix)):
-            key = keys + (len(radix) * radix[axis] - radix.sum())  # one step: d on the axis itself, -1 on the others
-            found = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
-            following = np.append(np.where(keys[found] == key, found, -1), -1)  # -1: past the end, and stays there
-            is_first = np.ones(len(row), bool)
-            is_first[following] = False
-            first = np.flatnonzero(is_first[:-1])
-            length, reached = np.ones(len(first), np.int64), following[first]
-            while (reached >= 0).any():
-                length += reached >= 0
-                reached = following[reached]
-            by_length = np.argsort(-length, kind="stable")
-
-            runs, new_row, end = [], np.zeros_like(row), 1
-            for start, stop, size in _runs(length[by_length], ROWS // 4):
-                lines = np.empty((size, stop - start), np.int64)
-                lines[0] = first[by_length[start:stop]]
-                for position in range(1, size):
-                    lines[position] = following[lines[position - 1]]  # shorter lines go on with -1, the row of zeros
-                begin, end = end, end + lines.size
-                new_row[lines.ravel()] = np.arange(begin, end)
-                runs.append((begin, end, row[lines.ravel()], stop - start))
-            new_row[-1], row = 0, new_row
-            self.axes.append(runs)
-            self.n_rows = max(self.n_rows, end)
-        return row[:-1]
-
-    def filter(self, q, vertices, blurred, buffer, out):
-        """q (P, C) -> message of this kernel, that of point i in row self.place[i] of out."""
-        n_classes, end = q.shape[1], 1
-        for lo, hi, _, blocks in self.runs:  # splat
-            begin, end = end, end + blocks.shape[0] * blocks.shape[1]
-            x = np.take(q, self.point[lo:hi], axis=0, out=buffer[:hi - lo], mode="clip")
-            np.matmul(blocks, x.reshape(-1, GROUP, n_classes),
-                      out=blurred[begin:end].reshape(len(blocks), -1, n_classes))
-        for lo, hi, source in self.sums:
-            x = np.take(blurred, source, axis=0, out=buffer[:len(source)], mode="clip")
-            np.add.reduce(x.reshape(-1, hi - lo, n_classes), axis=0, out=vertices[lo:hi])
-        for runs in self.axes:
-            for begin, end, source, stride in runs:
-                x = np.take(vertices, source, axis=0, out=blurred[begin:end], mode="clip")
-                half = np.multiply(x, np.float32(0.5), out=buffer[:len(x)])
-                x[stride:] += half[:-stride]
-                x[:-stride] += half[stride:]
+    def filter(self, q):
+        """q (P, C) -> message of this kernel, that of point i in row self.place[i]."""
+        n_classes, n_rows = q.shape[1], max(batches[-1][0].stop for batches in self.axes)
+        partial = np.empty((self.blocks[-1][1].stop + 1, n_classes), np.float32)
+        vertices, blurred = np.empty((2, n_rows + 1, n_classes), np.float32)
+        partial[-1] = vertices[-1] = blurred[-1] = 0
+        for _, items, points, columns, block in self.blocks:  # splat
+            np.matmul(block, q.take(points, axis=0, mode="clip"), out=partial[items].reshape(*columns.shape, n_classes))
+        for rows, source in self.sums:
+            partial.take(source, axis=0).sum(axis=0, out=vertices[rows])
+        for batches in self.axes:  # blur
+            for rows, source in batches:
+                x = vertices.take(source, axis=0, out=blurred[rows].reshape(*source.shape, n_classes), mode="wrap")
+                half = x * np.float32(0.5)
+                x[1:] += half[:-1]
+                x[:-1] += half[1:]
             vertices, blurred = blurred, vertices
-        for lo, hi, columns, blocks in self.runs:  # slice
-            x = np.take(vertices, columns, axis=0, out=buffer[:len(columns)], mode="clip")
-            np.matmul(blocks.swapaxes(1, 2), x.reshape(len(blocks), -1, n_classes),
-                      out=out[lo:hi].reshape(-1, GROUP, n_classes))
+        del partial, blurred  # their memory is enough for the output
+        out = np.empty((self.blocks[-1][0].stop, GROUP, n_classes), np.float32)
+        for groups, _, _, columns, block in self.blocks:  # slice
+            np.matmul(block.swapaxes(1, 2), vertices.take(columns, axis=0), out=out[groups])
+        return out.reshape(-1, n_classes)
 
 
 class _Stencil:
     """A spatial kernel of small reach, composed: a tile of 4 x 4 pixels is a dense block times the window it sees."""
 
     def __init__(self, kernel, height, width, reach):
-        """reach of a pixel: a simplex, two steps of blur and a simplex again, all of side std, ends excluded."""
+        """reach of a pixel, in pixels: a simplex, two steps of blur and a simplex again, all of side std, ends excluded."""
         self.side, period = TILE + 2 * reach, 2 * reach + 1
         y, x = np.divmod(np.arange(height * width), width)
+        band, tile, lane = x // TILE, y // TILE, y % TILE * TILE + x % TILE  # a band: the tiles above each other
+        n_bands, n_tiles = band[-1] + 1, tile[-1] + 1
+        self.place = (band * n_tiles + tile) * GROUP + lane
+        self.blocks = np.zeros((n_bands, n_tiles, self.side ** 2, GROUP), np.float32)
         # No two pixels of a period by period square are of one class, so one filtering tells all that a pixel receives.
-        *scratch, (out,) = _buffers([kernel], period ** 2)
-        kernel.filter(np.eye(period ** 2, dtype=np.float32)[y % period * period + x % period], *scratch, out)
-        step = np.arange(period) - reach
-        sender = ((y[:, None] + step) % period * period)[:, :, None] + ((x[:, None] + step) % period)[:, None]
-        received = np.take_along_axis(out[kernel.place], sender.reshape(len(y), -1), axis=1)
-
-        n_bands, n_tiles = -(-width // TILE), -(-height // TILE)  # a band: the tiles above each other
-        self.place = ((x // TILE * n_tiles + y // TILE) * TILE + y % TILE) * TILE + x % TILE
-        self.n_rows, self.n_out = 0, n_bands * n_tiles * GROUP
-        lanes = np.zeros((n_bands, n_tiles, TILE, TILE, period, period), np.float32)
-        lanes.reshape(self.n_out, -1)[self.place] = received
-        self.blocks = np.zeros((n_bands, n_tiles, self.side, self.side, TILE, TILE), np.float32)
-        for i, j in np.ndindex(TILE, TILE):
-            self.blocks[:, :, i:i + period, j:j + period, i, j] = lanes[:, :, i, j]
-        self.blocks = self.blocks.reshape(n_bands, n_tiles, self.side ** 2, GROUP)
+        received = kernel.filter(np.eye(period ** 2, dtype=np.float32)[y % period * period + x % period])
+        for i, j in np.ndindex(period, period):
+            sender = (y + i - reach) % period * period + (x + j - reach) % period
+            cell = (y % TILE + i) * self.side + x % TILE + j
+            self.blocks[band, tile, cell, lane] = received[kernel.place, sender]
         y = np.arange(n_tiles * TILE + 2 * reach)[:, None] - reach  # what lies outside of the image meets zeros
         x = np.arange(n_bands)[:, None, None] * TILE + np.arange(self.side) - reach
         self.columns = (y.clip(0, height - 1) * width + x.clip(0, width - 1)).reshape(n_bands, -1)
-        self.n_buffer = self.columns.shape[1]
 
-    def filter(self, q, vertices, blurred, buffer, out):
+    def filter(self, q):
         """As _Kernel.filter; a window is 4 rows of its band below the one before."""
-        row = buffer.strides[0]
-        for columns, blocks, tiles in zip(self.columns, self.blocks, np.split(out, len(self.blocks))):
-            band = np.take(q, columns, axis=0, out=buffer[:len(columns)], mode="clip")
-            windows = np.ndarray((*blocks.shape[:2], q.shape[1]), q.dtype, band, 0, (TILE * self.side * row, row, 4))
-            np.matmul(blocks.swapaxes(1, 2), windows, out=tiles.reshape(-1, GROUP, q.shape[1]))
-
-
-def _buffers(kernels, n_classes):
-    """What _Kernel.filter writes to: vertices twice (row 0 stays zero), gathered rows, an output for each kernel."""
-    n_rows = max((kernel.n_rows for kernel in kernels), default=0)
-    n_buffer = max((kernel.n_buffer for kernel in kernels), default=0)
-    buffers = [np.zeros((n, n_classes), np.float32) for n in (n_rows, n_rows, n_buffer)]
-    return *buffers, [np.empty((kernel.n_out, n_classes), np.float32) for kernel in kernels]
+        out = np.empty((*self.blocks.shape[:2], GROUP, q.shape[1]), np.float32)
+        for columns, blocks, tiles in zip(self.columns, self.blocks, out):
+            band = q.take(columns, axis=0)
+            below = TILE * self.side * band.strides[0]
+            windows = np.ndarray((*blocks.shape[:2], q.shape[1]), q.dtype, band, strides=(below, *band.strides))
+            np.matmul(blocks.swapaxes(1, 2), windows, out=tiles)
+        return out.reshape(-1, q.shape[1])
