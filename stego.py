@@ -101,7 +101,7 @@ SETTINGS = {
     "model": {
         "backbone": ("dino_vits8", str, f"a file of ViT weights, or one of {', '.join(BACKBONES)}"),
         "facet": ("token", ("token", "key"), "which features of the backbone: the last tokens, or keys"),
-        "precision": ("auto", ("auto", "float32", "bfloat16"), "of the backbone; auto: the faster bfloat16 where it is native"),
+        "precision": ("auto", ("auto", "float32", "bfloat16"), "of the backbone; auto: bfloat16 where that is clearly faster"),
         "code_dim": (70, POSITIVE, "numbers in a code, the paper's K"),
         "dropout": (0.1, Number(float, 0, 1), "channel dropout of the features"),
         "num_clusters": (None, Number(int, 1, VOID + 1), "clusters to find (default: as many as classes)")},

@@ -364,3 +364,11 @@ def test_pairs_without_any_of_the_same_class_leave_their_plot_empty(tmp_path):
     pairs = {"knn": (F, -F, (F > 0).long()), "rand": (F, -F, torch.zeros(50).long())}  # the latter: recall is 0 / 0
     average = evaluate.draw_precision_recall(tmp_path / "p.png", pairs)
     assert average["knn"]["F"] == 1 and data.read_image(tmp_path / "p.png").width > 600
+
+
+@pytest.mark.parametrize("bfloat16, float32, chosen", [(1.0, 2.0, True), (1.0, 1.0, False), (2.0, 1.0, False)])
+def test_bfloat16_is_chosen_where_it_is_clearly_faster(bfloat16, float32, chosen, monkeypatch):
+    times = iter([bfloat16, float32])
+    monkeypatch.setattr(evaluate.timeit, "repeat", lambda *args, **kwargs: [next(times), 9.0])
+    assert evaluate.choose_precision("auto", torch.device("cpu")) == chosen
+    assert evaluate.choose_precision("bfloat16", torch.device("cpu")) and not evaluate.choose_precision("float32", "cpu")
