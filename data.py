@@ -75,8 +75,8 @@ def follow_parent(*_):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Collections: len(), .image(i) -> PIL RGB, .label(i) -> (H, W) uint8 or None, .names, .n_classes, .palette,
-# .has_labels, and .fingerprint(), a string that changes whenever an image or a label does
+# Collections: len(), .image(i) -> PIL RGB, .label(i) -> (H, W) uint8 or None, .name(i) for messages, .root, .split,
+# .names of the .n_classes classes, .palette, .has_labels, and .fingerprint(), a string that changes whenever a file does
 # ---------------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
@@ -198,8 +198,8 @@ class Files:
         """Of files that are missing, like the target of a link, only the name."""
         stats = [(str(path.relative_to(self.root)), path.stat() if path.exists() else None)
                  for path in self.images + self.labels if path is not None]
-        return json.dumps([self.classes.tolist()] + [(name, stat and stat.st_size, stat and stat.st_mtime_ns)
-                                                     for name, stat in stats])
+        return json.dumps([self.classes.tolist() if self.has_labels else None] + [
+            (name, stat and stat.st_size, stat and stat.st_mtime_ns) for name, stat in stats])
 
 
 def files_below(folder):
@@ -438,6 +438,8 @@ def load_collection(dataset, root, split, n_classes=None):
         if not root:
             raise InputError("--dataset directory needs --data-root FOLDER")
         return Directory(root, split, n_classes)
+    if dataset == "scenes" and root:
+        raise InputError("--data-root: the scenes are drawn, not read; for images of yours add --dataset directory")
     if dataset == "scenes" and split not in Scenes.FIRST_SEED:
         raise InputError(f"--split {split}: the scenes have {', '.join(Scenes.FIRST_SEED)}")
     collection = Scenes(split) if dataset == "scenes" else Published(dataset, root, split)
@@ -456,27 +458,28 @@ def listed(bad):
 def check_files(collections, cache_dir, workers, skip_bad=False):
     """Reads every file of the collections once, before hours go into them, and tells what is odd about their labels.
 
-    All bad files are named in one InputError, or left out (skip_bad). What is found is kept in cache_dir: while the files
-    stay the same, only bad ones are read again, which may have become readable. Of several processes each reads its share.
+    All bad files are named in one InputError, or left out (skip_bad). What is found is kept in cache_dir, the numbers of the
+    bad files and the pixels of each class in the others: while the files stay the same, only bad ones are read again, which
+    may have become readable. Of several processes each reads its share.
     """
-    (rank, world), bad, told = process(), {}, {}  # told: sentences, each once where both collections are the same
+    (rank, world), bad, told = process(), [], []
     for collection in collections:
         if not isinstance(collection, Files):
             continue  # drawn, not read
         digest = hashlib.sha256(collection.fingerprint().encode()).hexdigest()[:16]
         path = Path(cache_dir) / f"{digest}.checked.json"
         try:
-            todo, pixels = json.loads(path.read_text())
-            if not (set(todo) <= set(range(len(collection))) and len(pixels) == VOID + 2
-                    and all(type(n) is int and 0 <= n < 2 ** 60 for n in todo + pixels)):
+            unread, pixels = json.loads(path.read_text())
+            if not (set(unread) <= set(range(len(collection))) and len(pixels) == VOID + 2
+                    and all(type(n) is int and 0 <= n < 2 ** 60 for n in unread + pixels)):
                 raise ValueError
         except (OSError, ValueError, TypeError, RecursionError):  # not there, or damaged
-            todo, pixels = list(range(len(collection))), [0] * (VOID + 2)
-        todo, pixels = gathered((todo, pixels))[0]
-        wrong, counted, mine = {}, np.zeros(VOID + 2, np.int64), todo[rank::world]
+            unread, pixels = list(range(len(collection))), [0] * (VOID + 2)
+        unread, pixels = gathered((unread, pixels))[0]
+        wrong, counted, mine = {}, np.zeros(VOID + 2, np.int64), unread[rank::world]
         with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow lets several threads decode
             checks = tqdm(pool.map(collection.check, mine), "checking files", len(mine), unit="image",
-                          disable=rank > 0 or not todo)
+                          disable=rank > 0 or not unread)
             for (error, one), i in zip(checks, mine):
                 counted += one
                 if error:
@@ -484,28 +487,30 @@ def check_files(collections, cache_dir, workers, skip_bad=False):
         found = gathered((wrong, counted))
         wrong = {i: error for part, _ in found for i, error in part.items()}
         pixels = pixels + sum(counted for _, counted in found)
-        if rank == 0:
+        if rank == 0 and unread:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps([sorted(wrong), pixels.tolist()]))
-        bad.update({wrong[i]: None for i in sorted(wrong)})
+            with lock(f"{path}.lock", f"waiting for another run, which is writing {path}"):
+                write_text(path, json.dumps([sorted(wrong), pixels.tolist()]))
+        bad += [wrong[i] for i in sorted(wrong)]
         collection.leave_out(wrong)
         labelled, where = sum(label is not None for label in collection.labels), f"{collection.root}, {collection.split}"
         if 0 < labelled < len(collection):
-            told[f"{where}: labels: {labelled:,} of {len(collection):,} images"] = None
+            told.append(f"{where}: labels: {labelled:,} of {len(collection):,} images")
         if pixels[VOID + 1]:
-            told[f"warning: {where}: {pixels[VOID + 1]:,} pixels of the labels have ids of {collection.n_ids} and more, which "
-                 "are no classes: taken as void"] = None
+            told.append(f"warning: {where}: {pixels[VOID + 1]:,} pixels of the labels have ids of {collection.n_ids} and more, "
+                        "which are no classes: taken as void")
         if collection.has_labels and not pixels[:VOID].any():
-            told[f"warning: {where}: all labels are void: as good as none"] = None
+            told.append(f"warning: {where}: all labels are void: as good as none")
             collection.has_labels = False
         elif collection.has_labels and not pixels[:collection.n_classes].all():
             absent = [name for name, n in zip(collection.names, pixels) if n == 0]
-            told[f"warning: {where}: no label shows {', '.join(absent)}"] = None
-    if bad and not (skip_bad and all(map(len, collections))):
-        raise InputError(f"{listed(list(bad))}; mend or remove them, or leave them out with --skip-bad")
-    if bad:
-        print(f"left out {listed(list(bad))}")
-    for sentence in told:
+            told.append(f"warning: {where}: no label shows {', '.join(absent)}")
+    bad = listed(list(dict.fromkeys(bad))) if bad else None  # once, where two collections are the same
+    if bad and not all(map(len, collections)):
+        raise InputError(f"{bad}; nothing else is there: mend them")
+    if bad and not skip_bad:
+        raise InputError(f"{bad}; mend or remove them, or leave them out with --skip-bad")
+    for sentence in dict.fromkeys([f"left out {bad}"] * bool(bad) + told):
         print(sentence)
 
 
@@ -540,13 +545,13 @@ def normalize(images):
 
 
 class Views(torch.utils.data.Dataset):
-    """Item i: (views (v, 3, size, size), labels (v, size, size)), uint8, or the InputError of a bad file.
+    """Item i: (views (v, 3, size, size), labels (v, size, size)), uint8, of image i, or the InputError of a bad file.
 
-    An error is returned, not raised: a DataLoader's worker would wrap it into its own traceback.
+    An error is returned, not raised: a DataLoader's worker would wrap it into its own traceback. n_views: v.
     """
 
     def __init__(self, collection, size, crop="none"):
-        self.collection, self.size, self.crop = collection, size, crop
+        self.collection, self.size, self.crop, self.n_views = collection, size, crop, 5 if crop == "five" else 1
 
     def __len__(self):
         return len(self.collection)
@@ -607,9 +612,9 @@ class Live:
         return self.rows(indices.tolist())
 
 
-def cache_key(backbone, collection, size, crop, facet, bfloat16):
-    """Names a feature cache: a change of the weights, the files (name, size, time), the view, ... changes it."""
-    digest = hashlib.sha256(json.dumps([2, collection.fingerprint(), size, crop, facet, bfloat16]).encode())
+def cache_key(backbone, views, facet, bfloat16):
+    """Names a feature cache: a change of the weights, the files (name, size, time), the views, ... changes it."""
+    digest = hashlib.sha256(json.dumps([2, views.collection.fingerprint(), views.size, views.crop, facet, bfloat16]).encode())
     for name, tensor in backbone.state_dict().items():
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -641,9 +646,9 @@ def filling(path):
     return lock(f"{path}.lock", f"waiting for another run, which is making {path}")
 
 
-def fill_cache(folder, layout, backbone, collection, size, crop, facet, bfloat16, batch_size, workers, device):
+def fill_cache(folder, layout, views, compute, batch_size, workers):
     """Computes the arrays of `layout`, name -> (shape, dtype), in `<folder>.partial`, which gets its name when all is there."""
-    (rank, world), n_views, partial = process(), 5 if crop == "five" else 1, Path(f"{folder}.partial")
+    (rank, world), partial = process(), Path(f"{folder}.partial")
     if rank == 0 and not (partial / "done.npy").is_file():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -658,27 +663,25 @@ def fill_cache(folder, layout, backbone, collection, size, crop, facet, bfloat16
             raise InputError(f"{folder.parent}: no room for the features ({error.strerror}); give another disk with "
                              "--cache-dir, or --features live") from error
         with replacing(partial / "done.npy") as temporary, open(temporary, "wb") as file:
-            np.save(file, np.zeros(len(collection), bool))  # which images are on the disk
+            np.save(file, np.zeros(len(views), bool))  # which images are on the disk
     gathered(None)
     out = {name: load_array(partial / f"{name}.npy", "r+", *kind) for name, kind in layout.items()}
-    done = load_array(partial / "done.npy", "r+", (len(collection),), bool)
+    done = load_array(partial / "done.npy", "r+", (len(views),), bool)
     todo = gathered(np.flatnonzero(~done))[0][rank::world]
     n_read, n_saved, saved = 0, 0, time.monotonic()
-    loader = batches(torch.utils.data.Subset(Views(collection, size, crop), todo), batch_size, workers)
-    with tqdm(total=len(collection), initial=int(done.sum()), desc="features", unit="image", disable=rank > 0) as bar:
+    loader = batches(torch.utils.data.Subset(views, todo), batch_size, workers)
+    with tqdm(total=len(views), initial=int(done.sum()), desc="features", unit="image", disable=rank > 0) as bar:
         for images, labels in loader:
-            maps = frozen_features(backbone, normalize(images.to(device)), facet, bfloat16)
-            chosen = todo[n_read:n_read + len(images) // n_views]
+            maps = compute(images)
+            chosen = todo[n_read:n_read + len(images) // views.n_views]
             half = maps.half()
             if not torch.isfinite(half).all():
-                raise InputError(f"{collection.name(chosen[0])} or one of the {len(chosen) - 1} images after it: the backbone "
-                                 "gives features that are no numbers, or too large for float16; are its weights damaged?")
-            rows = (chosen[:, None] * n_views + np.arange(n_views)).ravel()
-            out["vectors"][rows] = maps.mean((2, 3)).cpu().numpy()
-            if "maps" in out:
-                out["maps"][rows] = half.permute(0, 2, 3, 1).cpu().numpy()
-            if "labels" in out:
-                out["labels"][rows] = labels.numpy()
+                raise InputError(f"{views.collection.name(chosen[0])} or one of the {len(chosen) - 1} images after it: the "
+                                 "backbone gives features that are no numbers, or too large for float16; are its weights good?")
+            rows = (chosen[:, None] * views.n_views + np.arange(views.n_views)).ravel()
+            computed = {"vectors": maps.mean((2, 3)), "maps": half.permute(0, 2, 3, 1), "labels": labels}
+            for name, array in out.items():
+                array[rows] = computed[name].cpu().numpy()
             n_read += len(chosen)
             bar.update(min(len(chosen) * world, bar.total - bar.n))
             if time.monotonic() - saved > 5 or n_read == len(todo):
@@ -691,61 +694,59 @@ def fill_cache(folder, layout, backbone, collection, size, crop, facet, bfloat16
         os.replace(partial, folder)
 
 
-def extract_features(backbone, collection, size, crop="none", facet="token", bfloat16=False, cache_dir="cache",
-                     mode="auto", cache_gb=100, batch_size=32, workers=2, device="cpu"):
-    """Features of all views, from the cache where it has them. Item n is view n % v of image n // v.
+def extract_features(backbone, views, facet="token", bfloat16=False, cache_dir="cache", mode="auto", cache_gb=100,
+                     batch_size=32, workers=2, device="cpu"):
+    """Features of all Views, from the cache where it has them. Item n is view n % v of image n // v.
 
     mode: "cached" keeps the maps of all views; "live" keeps only their mean vectors and computes a map whenever it is
-    read; "auto" is cached if that takes no more than `cache_gb` (10^9 bytes) and the disk has room.
+    read; "auto" is cached if that takes no more than `cache_gb` (10^9 bytes) and the disk has room, or was begun.
 
     Writes into `<cache_dir>/<key>.partial` and renames the folder when it is complete. A killed extraction goes on
     with the images that are not done. Of several processes each extracts its share. Another run that fills the same
     cache is waited for. Raises InputError for bad images and a full disk.
     """
-    rank, n_views = process()[0], 5 if crop == "five" else 1
-    n, D, side = len(collection) * n_views, backbone.embed_dim, size // backbone.patch_size
+    def compute(images):
+        return frozen_features(backbone, normalize(images.to(device)), facet, bfloat16)
+
+    n, D, side = len(views) * views.n_views, backbone.embed_dim, views.size // backbone.patch_size
     # maps channels last: as the ViT gives them, and several times faster to sample
     layout = {"vectors": ((n, D), np.float32), "maps": ((n, side, side, D), np.float16)}
-    if collection.has_labels:
-        layout["labels"] = (n, size, size), np.uint8
-    cache_dir, key = Path(cache_dir), cache_key(backbone, collection, size, crop, facet, bfloat16)
-    if rank == 0:
+    if views.collection.has_labels:
+        layout["labels"] = (n, views.size, views.size), np.uint8
+    cache_dir, key = Path(cache_dir), cache_key(backbone, views, facet, bfloat16)
+    if process()[0] == 0:
         cache_dir.mkdir(parents=True, exist_ok=True)
         needed = sum(np.prod(shape, dtype=float) * np.dtype(dtype).itemsize for shape, dtype in layout.values()) / 1e9
         free = shutil.disk_usage(cache_dir).free / 1e9
         begun = (cache_dir / key).is_dir() or (cache_dir / f"{key}.partial").is_dir()
-        if mode == "auto" and not begun:
-            mode = "cached" if needed < min(cache_gb, free) else "live"
-            print(f"features {mode}: all would take {needed:.2f} GB, with {free:.0f} GB free and --cache-gb {cache_gb:g}")
-        elif mode != "live" and not begun and needed > free:
+        if mode == "auto":
+            mode = "cached" if begun or needed < min(cache_gb, free) else "live"
+            print(f"features {mode}: all take {needed:.2f} GB, with {free:.0f} GB free and --cache-gb {cache_gb:g}")
+        if mode == "cached" and not begun and needed > free:
             raise InputError(f"{cache_dir}: the features need {needed:.1f} GB and {free:.1f} GB are free; give another "
                              "disk with --cache-dir, or --features live")
     mode = gathered(mode)[0]
     if mode == "live":
         key, layout = f"{key}-vectors", {"vectors": layout["vectors"]}
     folder = cache_dir / key
-
     with filling(folder):
         if not gathered(folder.is_dir())[0]:
-            fill_cache(folder, layout, backbone, collection, size, crop, facet, bfloat16, batch_size, workers, device)
+            fill_cache(folder, layout, views, compute, batch_size, workers)
             gathered(None)
 
-    opened = {name: open_map(folder / f"{name}.npy", *kind) for name, kind in layout.items()}
-    if mode != "live":
-        return Features(opened["maps"].permute(0, 3, 1, 2), opened["vectors"], opened.get("labels"), folder)
-    read = functools.lru_cache(maxsize=128)(Views(collection, size, crop).__getitem__)  # one decoding, image and label
+    arrays = {name: open_map(folder / f"{name}.npy", *kind) for name, kind in layout.items()}
+    if mode == "cached":
+        return Features(arrays["maps"].permute(0, 3, 1, 2), arrays["vectors"], arrays.get("labels"), folder)
+    read = functools.lru_cache(maxsize=128)(views.__getitem__)  # one decoding, image and label
     pool = ThreadPoolExecutor(max(1, workers))
 
-    def view(n_part, indices):
-        items = list(pool.map(read, [n // n_views for n in indices]))
+    def live(part, indices):
+        items = list(pool.map(read, [n // views.n_views for n in indices]))
         raise_bad(items)
-        return torch.stack([item[n_part][n % n_views] for item, n in zip(items, indices)])
+        return torch.stack([item[part][n % views.n_views] for item, n in zip(items, indices)])
 
-    def maps(indices):
-        return frozen_features(backbone, normalize(view(0, indices).to(device)), facet, bfloat16)
-
-    return Features(Live((n, D, side, side), maps), opened["vectors"],
-                    Live((n, size, size), functools.partial(view, 1)) if collection.has_labels else None, folder)
+    labels = Live((n, views.size, views.size), functools.partial(live, 1)) if views.collection.has_labels else None
+    return Features(Live((n, D, side, side), lambda indices: compute(live(0, indices))), arrays["vectors"], labels, folder)
 
 
 def write_text(path, text):

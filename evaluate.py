@@ -31,22 +31,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
+import stego
 from crf import dense_crf
-from stego import (
-    DEFAULTS,
-    SETTINGS,
-    VOID,
-    ClusterProbe,
-    InputError,
-    Number,
-    check_settings,
-    correlation,
-    feature_correspondence,
-    linear_probe_loss,
-    load_checkpoint,
-    replacing,
-    sample,
-)
+from stego import VOID, ClusterProbe, InputError, Number
 
 RAW, ONLINE, REFIT, LINEAR = "k-means on features", "cluster probe", "k-means on codes", "linear probe"  # table rows
 CRF = " + CRF"  # behind the name of a probe: its probabilities, sharpened
@@ -81,10 +68,11 @@ def hungarian(score):
     cost = -np.asarray(score, dtype=np.float64)
     if cost.ndim != 2 or not np.isfinite(cost).all():
         raise ValueError("score must be a finite matrix (n_clusters, n_classes)")
-    transposed = cost.shape[0] > cost.shape[1]
-    if transposed:
-        cost = cost.T
     n, m = cost.shape
+    assignment = np.full(n, -1)
+    if n > m:  # the other way round: to each class its cluster
+        assignment[hungarian(-cost.T)] = np.arange(m)
+        return assignment
     row_potential, column_potential = np.zeros(n), np.zeros(m)
     row_of = np.full(m, -1)  # the row matched to each column
     for start in range(n):
@@ -107,11 +95,7 @@ def hungarian(score):
         while column >= 0:  # shift every pair on the path by one
             row_of[column] = row_of[previous[column]] if previous[column] >= 0 else start
             column = previous[column]
-    if transposed:
-        return row_of
-    matched = np.flatnonzero(row_of >= 0)
-    assignment = np.full(n, -1)
-    assignment[row_of[matched]] = matched
+    assignment[row_of[row_of >= 0]] = np.flatnonzero(row_of >= 0)
     return assignment
 
 
@@ -217,18 +201,17 @@ def baseline_probes(features, code_dim, n_clusters, n_classes, steps, seed, devi
     components = torch.pca_lowrank(points, min(code_dim, *points.shape), center=True, niter=5)[2].T  # (code_dim, D)
     probes = {RAW: (fitted_probe(points, n_clusters, seed), "features")}
     for name, rows, offset in (("k-means on PCA", components, -components @ mean),
-                               ("k-means on random projections", torch.randn(code_dim, D, device=device), None)):
-        projection = torch.nn.Conv2d(D, len(rows), 1, bias=offset is not None).to(device).requires_grad_(False)
+                               ("k-means on random projections", torch.randn(code_dim, D, device=device), torch.zeros(()))):
+        projection = torch.nn.Conv2d(D, len(rows), 1).to(device).requires_grad_(False)
         projection.weight.copy_(rows[:, :, None, None])
-        if offset is not None:
-            projection.bias.copy_(offset)
+        projection.bias.copy_(offset)
         probes[name] = fitted_probe(projection(points[:, :, None, None]).flatten(1), n_clusters, seed), projection
     if n_classes:
         linear = torch.nn.Conv2d(D, n_classes, 1).to(device)
         optimizer = torch.optim.Adam(linear.parameters(), lr=5e-3)
         for _ in tqdm(range(steps), desc="linear probe on features", unit="step"):
             batch = torch.randint(len(features.maps), (16,))
-            loss = linear_probe_loss(linear(features.maps[batch].to(device).float()), features.labels[batch].to(device))
+            loss = stego.linear_probe_loss(linear(features.maps[batch].to(device).float()), features.labels[batch].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -263,10 +246,10 @@ def correspondences(features, neighbors, head, center, device, dropout=0.0, n_ba
             if features.labels is not None:  # where -1 and 1 are not the centres of patches, but the edges of the image
                 points = points * (1 - 1 / torch.tensor([maps.shape[3], maps.shape[2]]))
                 labels = nnf.grid_sample(features.labels[chosen][:, None].float(), points, mode="nearest", align_corners=False)
-            read[term] = sample(nnf.dropout2d(maps, dropout), at), sample(head(maps), at), labels
+            read[term] = stego.sample(nnf.dropout2d(maps, dropout), at), stego.sample(head(maps), at), labels
         f, s, label = read["self"]
         for term, (f_other, s_other, label_other) in read.items():
-            F, S = feature_correspondence(f, f_other, center).cpu(), correlation(s, s_other).cpu()
+            F, S = stego.feature_correspondence(f, f_other, center).cpu(), stego.correlation(s, s_other).cpu()
             same = None
             if label is not None:
                 a, b = label[:, 0, :, :, None, None], label_other[:, :, None]
@@ -283,6 +266,8 @@ def precision_recall(similarity, same, n_points=200):
     ranked by falling similarity, of the precision down to each, divided by their number.
     """
     similarity, same = similarity[same >= 0], same[same >= 0]
+    if not same.any():
+        return [], [], 0.0
     hit = same[similarity.argsort(descending=True)].double()
     precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1)
     average = (precision * hit).sum() / hit.sum()
@@ -362,12 +347,10 @@ def crf_pool(workers):
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # read by the children when they start; this process has long read its own
     pool = ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn"), initializer=data.follow_parent)
-    if masks := hasattr(signal, "pthread_sigmask"):  # not on Windows. The processes never see Ctrl-C: they end with this one
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they never see Ctrl-C: they end with this process
     for _ in range(workers):
         pool.submit(int)  # starts a process
-    if masks:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return pool
 
 
@@ -578,13 +561,16 @@ def predict_folder(model, probe, folder, out, size, palette, names, crf=True):
     folder, out = Path(folder), Path(out)
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"--out {out} lies inside {folder}: the next run would segment its pictures")
+    if out.is_dir() and any(out.iterdir()) and not (out / "clusters.json").is_file():
+        raise InputError(f"--out {out} holds other files, which could be replaced: give a folder for the results alone")
     photos, thumbnails, bad = data.Directory(folder, None, n_classes=1), [], []
     targets = [out / path.relative_to(photos.folder).with_suffix(".png") for path in photos.images]
-    taken = {(out / "panel.png").resolve(), *(path.resolve() for path in photos.images)}
-    for path, target in zip(photos.images, targets):
-        if target.resolve() in taken:
-            raise InputError(f"{path}: its result would replace another picture, {target}; rename it, or give another --out")
-        taken.add(target.resolve())
+    for i, target in enumerate(targets):
+        if target in (out / "panel.png", *targets[:i]):
+            raise InputError(f"{photos.name(i)}: its result would replace another picture, {target}; rename it")
+    out.mkdir(parents=True, exist_ok=True)
+    data.write_text(out / "clusters.json", json.dumps({k: {"name": name, "color": palette[k].tolist()}
+                                                       for k, name in enumerate(names)}, indent=1))
     for i, target in enumerate(tqdm(targets, desc="predict", unit="image")):
         try:
             image = photos.image(i)
@@ -605,8 +591,6 @@ def predict_folder(model, probe, folder, out, size, palette, names, crf=True):
     if not thumbnails:
         raise InputError(data.listed(bad))
     draw_panel(out / "panel.png", list(zip(("image", "overlay", "clusters"), zip(*thumbnails))), names, palette)
-    data.write_text(out / "clusters.json", json.dumps({k: {"name": name, "color": palette[k].tolist()}
-                                                       for k, name in enumerate(names)}, indent=1))
     return len(photos) - len(bad), bad
 
 
@@ -616,7 +600,7 @@ def predict_folder(model, probe, folder, out, size, palette, names, crf=True):
 
 def save_picture(image, path):
     """Writes a PIL image, PNG or JPEG by the ending of `path`, so that it never exists half-written."""
-    with replacing(path) as temporary:
+    with stego.replacing(path) as temporary:
         image.save(temporary, format="JPEG" if Path(path).suffix == ".jpg" else "PNG", quality=90)
 
 
@@ -794,7 +778,7 @@ def draw_heatmaps(path, model, views, neighbors, n_images=5):
 
     views: a data.Views. neighbors: (N, k) of its views. Of n_images evenly spaced images, at the centre.
     """
-    device, n_views = next(model.head.parameters()).device, len(neighbors) // len(views)
+    device, n_views = next(model.head.parameters()).device, views.n_views
     scale = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.uint8)  # viridis
     rows = []
     for i in np.linspace(0, len(neighbors) - 1, min(n_images, len(neighbors))).round().astype(int).tolist():
@@ -806,7 +790,7 @@ def draw_heatmaps(path, model, views, neighbors, n_images=5):
         row = [np.asarray(image), np.asarray(neighbor)]
         for maps in (features, model.head(features)):
             point = maps[:1, :, maps.shape[2] // 2, maps.shape[3] // 2, None, None]
-            similarity = correlation(point.expand(2, -1, -1, -1), maps)[:, 0]  # (2, 1, h, w)
+            similarity = stego.correlation(point.expand(2, -1, -1, -1), maps)[:, 0]  # (2, 1, h, w)
             similarity = nnf.interpolate(similarity, images.shape[2:], mode="bilinear")[:, 0].cpu().numpy()
             row.extend(np.stack([np.interp(similarity, np.linspace(0, 1, 5), c) for c in scale.T], -1).astype(np.uint8))
         rows.append(row)
@@ -844,8 +828,8 @@ def choose_device(name):
     """The torch.device called `name`, or for "auto" the first there is of cuda, mps, cpu."""
     if name != "auto":
         try:
-            torch.zeros(1, device=name)
-        except (RuntimeError, AssertionError) as error:
+            torch.zeros(1, device=name).tolist()
+        except Exception as error:  # each device has its own
             raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -894,9 +878,11 @@ def run(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: the GPU's memory is full ({str(error).splitlines()[0]}); give a smaller --resolution, --eval-resolution "
-              "or --batch-size, or --device cpu", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        print(f"error: the memory is full ({error!r:.200}); give a smaller --resolution, --eval-resolution, --batch-size or "
+              "--code-dim, or --device cpu if that of the GPU is meant", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a missing permission; without a file it is none of those
         if error.filename is None:
@@ -925,10 +911,9 @@ def parse_args():
     parser.add_argument("--split", default="val", help="val (default) or train; dev of the scenes; unlabelled_train of potsdam")
     parser.add_argument("--clusters", choices=("refit", "online"), help="k-means on the finished codes, or the probe that was "
                         "trained beside the head (default: the former where there is one)")
-    every = {name: setting for group in SETTINGS.values() for name, setting in group.items()}
     for name in ("dataset", "data_root", "skip_bad", "eval_resolution"):
-        add_settings(parser, {name: ("as in training", *every[name][1:])})
-    add_settings(parser, {name: every[name] for name in ("precision", "crf")})
+        add_settings(parser, {name: ("as in training", *stego.EVERY_SETTING[name][1:])})
+    add_settings(parser, {name: stego.EVERY_SETTING[name] for name in ("precision", "crf")})
     add_machine_options(parser)
     args = parser.parse_args()
     if not (args.checkpoint or args.compare):
@@ -948,10 +933,12 @@ def main():
     data.join_processes()
     rank, world = data.process()
     device = choose_device(args.device)
-    model, config = load_checkpoint(path, device)
-    config = {**DEFAULTS, **config}
-    check_settings(config, path)
-    config.update({"precision": "auto", "crf": True, **{name: vars(args)[name] for name in DEFAULTS if name in args}})
+    model, config = stego.load_checkpoint(path, device)
+    config = {**stego.DEFAULTS, **config}
+    stego.check_settings(config, path)
+    if vars(args).get("dataset", config["dataset"]) != config["dataset"]:
+        config["data_root"] = None  # was of the other
+    config.update({"precision": "auto", "crf": True, **{name: vars(args)[name] for name in stego.DEFAULTS if name in args}})
     model.bfloat16 = choose_precision(config["precision"], device)
     size = data.round_to_patch(config["eval_resolution"], model.backbone.patch_size)
     probes, prediction = model_probes(model)
@@ -959,9 +946,9 @@ def main():
         raise InputError(f"--clusters refit: {path} has no clusters of finished codes, only those of the online probe")
     if args.clusters:
         prediction = {"refit": REFIT, "online": ONLINE}[args.clusters]
+    if world > 1 and (args.predict or args.baseline or args.correspondences):
+        raise InputError("--predict, --baseline and --correspondences are for one process: start it without torchrun")
     if args.predict:
-        if world > 1:
-            raise InputError("--predict is for one process: start it without torchrun")
         probe = probes[prediction][0]
         n, bad = predict_folder(model, probe, args.predict, args.out, size, *legend(config, prediction, n_outputs(probe), path),
                                 config["crf"])
@@ -971,20 +958,21 @@ def main():
         if bad:
             print(f"left out {data.listed(bad)}")
         return
-    splits = (args.split, "train") if args.baseline or args.correspondences else (args.split,)
-    collection, *train = collections = [
-        data.load_collection(config["dataset"], config["data_root"], split, config["num_classes"]) for split in splits]
+    splits = ["train"] if args.correspondences else [args.split, "train"] if args.baseline else [args.split]
+    collections = [data.load_collection(config["dataset"], config["data_root"], split, config["num_classes"])
+                   for split in splits]
     data.check_files(collections, args.cache_dir, args.workers, config["skip_bad"])
+    collection, train = collections[0], collections[-1]
     folder = path.with_suffix("") if path.suffix == ".ckpt" else path.parent  # several of the authors' lie side by side
-    out = Path(args.out or folder / f"eval-{args.split}")
-    if train:
-        train, train_size = train[0], data.round_to_patch(config["resolution"], model.backbone.patch_size)
-        features = data.extract_features(model.backbone, train, train_size, config["crop"], model.facet, model.bfloat16,
-                                         args.cache_dir, workers=args.workers, device=device)
+    out = Path(args.out or folder / f"eval-{splits[0]}")
+    if args.baseline or args.correspondences:
+        views = data.Views(train, data.round_to_patch(config["resolution"], model.backbone.patch_size), config["crop"])
+        features = data.extract_features(model.backbone, views, model.facet, model.bfloat16, args.cache_dir,
+                                         workers=args.workers, device=device)
     if args.correspondences:
         neighbors = data.cached_neighbors(features, min(config["neighbors"], len(features.vectors) - 1), device)
         out.mkdir(parents=True, exist_ok=True)
-        draw_heatmaps(out / "heatmaps.png", model, data.Views(train, train_size, config["crop"]), neighbors)
+        draw_heatmaps(out / "heatmaps.png", model, views, neighbors)
         if train.has_labels:
             pairs = correspondences(features, neighbors, model.head, config["center"], device)
             average = draw_precision_recall(out / "precision_recall.png", pairs)
@@ -1001,7 +989,7 @@ def main():
     confusions, samples = evaluate(model, collection, size, probes, config["crf"], workers=args.workers)
     if rank:
         return
-    report(out, confusions, samples, collection, probes, prediction, warnings=config.get("warnings", ()))
+    report(out, confusions, samples, collection, probes, prediction, warnings=list(map(str, config.get("warnings") or ())))
     print(f"scores and pictures are in {out}")
 
 

@@ -1,8 +1,8 @@
 """STEGO: unsupervised semantic segmentation by distilling feature correspondences.
 
-Hamilton, Zhang, Hariharan, Snavely and Freeman, ICLR 2022, arXiv:2203.08414. This file is the paper:
-a frozen self-supervised ViT gives dense features, a small head turns them into compact codes, and the
-head is trained so that two points have similar codes where their features correspond.
+Hamilton, Zhang, Hariharan, Snavely and Freeman, ICLR 2022, arXiv:2203.08414. This file is the paper, between its
+settings and the reading and writing of models: a frozen self-supervised ViT gives dense features, a small head turns
+them into compact codes, and the head is trained so that two points have similar codes where their features correspond.
 
     paper              here                         meaning
     f, g               features_a, features_b       frozen features of two images, (N, D, h, w)
@@ -21,6 +21,7 @@ import collections
 import contextlib
 import difflib
 import errno
+import fcntl
 import hashlib
 import http.client
 import io
@@ -33,11 +34,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as nnf  # so that F can be the paper's F
 from torch import nn
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked there
-    fcntl = None
 
 VOID = 255  # label of pixels that are neither taught nor scored
 DINO_URL, DINOV2_URL = "https://dl.fbaipublicfiles.com/dino/", "https://dl.fbaipublicfiles.com/dinov2/"
@@ -82,7 +78,8 @@ class Number(NamedTuple):
             if (value := text if text == self.word else self.kind(text)) in self:
                 return value
         kind = "an integer" if self.kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {kind} of at least {self.low} and less than {self.high}, it is {text}")
+        word = f", or {self.word}" * bool(self.word)
+        raise argparse.ArgumentTypeError(f"must be {kind} of at least {self.low} and less than {self.high}{word}, it is {text}")
 
 
 POSITIVE, WEIGHT, RATE, SHIFT = Number(int, 1), Number(float, 0), Number(float, 0, 10), Number(float, -10, 10, "auto")
@@ -90,7 +87,7 @@ POSITIVE, WEIGHT, RATE, SHIFT = Number(int, 1), Number(float, 0), Number(float, 
 # All settings of a run: what holds where neither a preset nor an option says otherwise, what else it may be, and advice.
 SETTINGS = {
     "data": {
-        "dataset": ("directory", str, ("directory, if there is --data-root: imgs/{train,val} or just images; scenes, if not; "
+        "dataset": ("directory", str, ("directory: imgs/{train,val} or just images; scenes, if there is no --data-root; "
                     "or cocostuff27, cocostuff15, cocostuff3, cityscapes, potsdam, voc")),
         "data_root": (None, str, "where the images are; without it a published data set says what it needs"),
         "num_classes": (None, Number(int, 1, VOID + 1), "of a directory: kinds of things to tell apart (see classes.txt)"),
@@ -125,18 +122,18 @@ SETTINGS = {
         "seed": (0, Number(int, 0, 2 ** 32), "of weights, batches, points and k-means"),
         "crf": (True, bool, "evaluate with the CRF too; it takes most of that time")},
 }
-DEFAULTS = {name: default for group in SETTINGS.values() for name, (default, _, _) in group.items()}
+EVERY_SETTING = {name: setting for group in SETTINGS.values() for name, setting in group.items()}
+DEFAULTS = {name: default for name, (default, _, _) in EVERY_SETTING.items()}
 
 
 def check_settings(settings, path):
     """Raises InputError where a setting of a run, read from the file `path`, is none that it may be."""
-    for group in SETTINGS.values():
-        for name, (default, kind, _) in group.items():
-            value = settings.get(name, default)
-            values = value if name == "same_class" and isinstance(value, list) and len(value) == 3 else [value]
-            if not (value == default and type(value) is type(default)
-                    or all(type(value) is kind if isinstance(kind, type) else value in kind for value in values)):
-                raise InputError(f"{path}: damaged, or of another program: the setting {name} is none that it can be")
+    for name, (default, kind, _) in EVERY_SETTING.items():
+        value = settings.get(name, default)
+        values = value if name == "same_class" and isinstance(value, list) and len(value) == 3 else [value]
+        if not (value == default and type(value) is type(default)
+                or all(type(value) is kind if isinstance(kind, type) else value in kind for value in values)):
+            raise InputError(f"{path}: damaged, or of another program: the setting {name} is none that it can be")
 
 
 # The settings of the paper's results, checked against the authors' configuration file and those in their checkpoints.
@@ -185,16 +182,6 @@ class Attention(nn.Module):
         return nnf.linear(x, self.qkv.weight[D:2 * D], self.qkv.bias[D:2 * D])  # (N, T, D), heads side by side
 
 
-class MLP(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(nnf.gelu(self.fc1(x)))
-
-
 class LayerScale(nn.Module):
     def __init__(self, dim):
         super().__init__()
@@ -211,21 +198,13 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim)
+        self.mlp = nn.Sequential(collections.OrderedDict(
+            fc1=nn.Linear(dim, 4 * dim), gelu=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
     def forward(self, x):
         x = x + self.ls1(self.attn(self.norm1(x)))
         return x + self.ls2(self.mlp(self.norm2(x)))
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, patch_size, dim):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
-
-    def forward(self, images):
-        return self.proj(images).flatten(2).transpose(1, 2)  # (N, hw, D)
 
 
 class VisionTransformer(nn.Module):
@@ -240,7 +219,7 @@ class VisionTransformer(nn.Module):
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} cannot be split over {num_heads} heads")
         self.patch_size, self.embed_dim, self.num_heads, self.registers = patch_size, embed_dim, num_heads, registers
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, embed_dim))
         if registers:
@@ -274,7 +253,8 @@ class VisionTransformer(nn.Module):
         if facet not in ("token", "key"):
             raise ValueError(f"facet is 'token' or 'key', not {facet!r}")
         h, w = H // self.patch_size, W // self.patch_size
-        x = torch.cat([self.cls_token.expand(N, -1, -1), self.patch_embed(images)], 1) + self.position_embedding(h, w)
+        patches = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # (N, h w, D)
+        x = torch.cat([self.cls_token.expand(N, -1, -1), patches], 1) + self.position_embedding(h, w)
         if self.registers:
             x = torch.cat([x[:, :1], self.register_tokens.expand(N, -1, -1), x[:, 1:]], 1)
         for block in self.blocks[:-1]:
@@ -422,7 +402,7 @@ def correspondence_loss(features_a, features_b, codes_a, codes_b, shift,
     """
     F = feature_correspondence(features_a, features_b, center)
     S = correlation(codes_a, codes_b)
-    clamped = S.clamp(min=0.0 if zero_clamp else None, max=0.8 if stabilize else None) if zero_clamp or stabilize else S
+    clamped = S.clamp(0.0 if zero_clamp else -torch.inf, 0.8 if stabilize else torch.inf)
     return -clamped * (F - shift), S
 
 
@@ -460,7 +440,8 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
     loss_rand = 0
     for _ in range(n_negatives):
         rand = derangement(N, device)
-        # Image rand[n] is read at points_b[n]. Sampling first and permuting the few samples spares a copy of all maps.
+        # Image rand[n] is read at points_b[n]: sampled first, at the points of the inverse permutation, and permuted then,
+        # which spares a copy of all maps.
         points = points_b[rand.argsort()]
         f_b, s_b = sample(features, points)[rand], sample(codes, points)[rand]
         loss_rand = loss_rand + correspondence_loss(f_a, f_b, s_a, s_b, shifts[2], **switches)[0].mean() / n_negatives
@@ -510,9 +491,7 @@ class ClusterProbe(nn.Module):
         self.centroids = nn.Parameter(torch.randn(n_clusters, code_dim))
 
     def forward(self, codes):
-        # dividing afterwards spares a normalised copy of what may be an upsampled map
-        length = torch.linalg.vector_norm(codes, dim=1, keepdim=True).clamp(min=1e-12)
-        return torch.einsum("nchw,kc->nkhw", codes, nnf.normalize(self.centroids, dim=1)) / length
+        return torch.einsum("nchw,kc->nkhw", unit(codes), nnf.normalize(self.centroids, dim=1))
 
     def loss(self, codes):
         """-mean max_k cos(code, centroid_k): each code pulls its nearest centroid. Scalar."""
@@ -581,7 +560,7 @@ def harmless(name, path):
     """What stands for the class or function of this name in the file: never itself. Raises InputError for any other."""
     if name == "collections.defaultdict":
         return lambda *_: {}
-    if name.endswith(".AttributeDict"):  # Lightning's is a dict, and torch.load fills no other kind of them
+    if name.endswith(".AttributeDict"):  # Lightning's, a dict; so is a Counter, which torch.load can fill
         return collections.Counter
     if name.partition(".")[0] in RECORD_PACKAGES or name in RECORD_CLASSES:
         return Record
@@ -648,8 +627,7 @@ def lock(path, sentence, wait=True):
     """
     with open(path, "w") as file:
         try:
-            if fcntl:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in the workers of a killed process
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in the workers of a killed process
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):  # otherwise: a file system without locks
                 if not wait:
@@ -713,7 +691,7 @@ AUTHORS_WEIGHTS = {"net.model.": "backbone.", "net.cluster1.0.": "head.linear.",
 def plain(value):
     """Settings without the nodes that omegaconf keeps them in: dicts, lists and scalars."""
     if isinstance(value, Record):
-        fields = vars(value)  # of an inner node, of a leaf, or of something else
+        fields = vars(value)  # of omegaconf's containers, of its leaves, or of something else
         return plain(fields.get("_content", fields.get("_val", fields)))
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}

@@ -29,38 +29,21 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from stego import (
-    BACKBONES,
-    DEFAULTS,
-    PRESETS,
-    SETTINGS,
-    InputError,
-    Number,
-    Stego,
-    check_settings,
-    check_weights,
-    linear_probe_loss,
-    load_backbone,
-    lock,
-    one_of,
-    read_tensors,
-    same_class_rates,
-    save_checkpoint,
-    stego_loss,
-)
+import stego
+from stego import InputError, Number
 
 
 def parse_args():
     """(given, options): the settings typed on the command line, and the options that no result depends on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", metavar="NAME", default=argparse.SUPPRESS, help="all settings of a published result, or of "
-                        f"the scenes, where no other option says otherwise: {', '.join(PRESETS)}")
-    for title, settings in SETTINGS.items():
+                        f"the scenes, where no other option says otherwise: {', '.join(stego.PRESETS)}")
+    for title, settings in stego.SETTINGS.items():
         group = parser.add_argument_group(title)
         evaluate.add_settings(group, settings)
     group.add_argument("--name", help="results go into runs/<name> (default: the data set's name, numbered)")
-    group.add_argument("--seeds", type=Number(int, 1), default=1, help="train so many heads, with seeds from --seed on, and "
-                       "print their mean and spread (default 1)")
+    group.add_argument("--seeds", type=Number(int, 1), default=1, help="train so many heads, with seeds from --seed on, "
+                       "and print their mean and spread (default 1)")
     group.add_argument("--resume", action="store_true", help="go on with the run of that name")
     group.add_argument("--features", choices=("auto", "cached", "live"), default="auto", help="cached: kept on disk, the "
                        "backbone sees each view once; live: computed at every step; auto (default): cached if they fit")
@@ -69,59 +52,56 @@ def parse_args():
     group.add_argument("--log-every", type=Number(int, 1), default=20, help="steps between lines of log.jsonl (default 20)")
     evaluate.add_machine_options(group)
     options = parser.parse_args()
-    given = {name: vars(options).pop(name) for name in ("preset", *DEFAULTS) if name in options}
+    given = {name: vars(options).pop(name) for name in ("preset", *stego.DEFAULTS) if name in options}
     for key in ("data_root", "backbone"):  # a run can be resumed and evaluated from another folder
-        if os.path.exists(given.get(key, "")) and given[key] not in BACKBONES:
+        if os.path.exists(given.get(key, "")) and given[key] not in stego.BACKBONES:
             given[key] = os.path.abspath(given[key])
     return given, options
 
 
 def resolve(given):
-    """The complete settings: DEFAULTS, then those of the preset, then what was given."""
+    """The complete settings: the defaults, then those of the preset, then what was given."""
     given = dict(given)
-    if given.get("preset", "scenes") not in PRESETS:
-        raise InputError(f"--preset {given['preset']}: not {one_of(PRESETS, given['preset'])}")
+    if given.get("preset", "scenes") not in stego.PRESETS:
+        raise InputError(f"--preset {given['preset']}: not {stego.one_of(stego.PRESETS, given['preset'])}")
     if "preset" not in given and given.get("dataset", "directory" if "data_root" in given else "scenes") == "scenes":
         given["preset"] = "scenes"
-    config = {**DEFAULTS, **PRESETS.get(given.get("preset"), {}), **given}
+    config = {**stego.DEFAULTS, **stego.PRESETS.get(given.get("preset"), {}), **given}
     if config["same_class"]:
         if {"b_self", "b_knn", "b_rand"} & given.keys():
             raise InputError("--same-class sets all shifts: leave --b-self, --b-knn and --b-rand out")
         config.update(b_self="auto", b_knn="auto", b_rand="auto")
-    if config["dataset"] == "scenes" and config["data_root"]:
-        raise InputError("--data-root: the scenes are drawn, not read; for images of yours add --dataset directory")
     return config
 
 
-def run_folder(name, dataset, resume, seeds=1):
-    """runs/<name>, or runs/<dataset> with the first number that is free; to resume, the last that is not.
+def run_folders(name, dataset, resume, seeds):
+    """(name, folders): runs/<name>, or runs/<name>-seed<seed> for each of several seeds. Without a name it is the data set's
+    with the first number that is free, or to resume the last that is not. Raises InputError where they cannot be begun."""
+    def begun(name):
+        return [folder for folder in folders(name) if (folder / "config.json").is_file()]
 
-    Of several seeds it is the common part of their folders' names.
-    """
-    def taken(folder):
-        return (folder / "config.json").is_file()
+    def folders(name):
+        return [Path("runs") / (f"{name}-seed{seed}" if len(seeds) > 1 else name) for seed in seeds]
 
-    if name:
-        folder = Path("runs") / name
-        if taken(folder) and not resume:
-            raise InputError(f"{folder} holds a run already: add --resume to go on with it, or give another --name")
-    else:
+    if not name:
         number = 1
-        while taken(Path("runs") / f"{dataset}-{number}") or any(Path("runs").glob(f"{dataset}-{number}-seed*")):
+        while begun(f"{dataset}-{number}"):
             number += 1
-        folder = Path("runs") / f"{dataset}-{number - resume}"
-    if resume and not taken(folder) and not (seeds > 1 and any(Path("runs").glob(f"{folder.name}-seed*"))):
-        raise InputError(f"--resume: there is no run in {folder}; give its --name, and --seeds if it has several")
-    return folder
+        name = f"{dataset}-{max(1, number - resume)}"
+    if begun(name) and not resume:
+        raise InputError(f"{begun(name)[0]} holds a run already: add --resume to go on with it, or give another --name")
+    if resume and not begun(name):
+        raise InputError(f"--resume: there is no run in {folders(name)[0]}; give its --name, and --seeds if it has several")
+    return name, folders(name)
 
 
 def resumed_settings(path, given):
     """The settings of a run that was stopped, from its config.json. Raises InputError where others were `given`."""
     try:
-        config = {**DEFAULTS, **json.loads(path.read_text())}
+        config = {**stego.DEFAULTS, **json.loads(path.read_text())}
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({error}); start another run") from error
-    check_settings(config, path)
+    stego.check_settings(config, path)
     different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items()
                  if config.get(key) != value and value != "auto"]  # which was found out at the start
     if different:
@@ -133,7 +113,7 @@ def fit_batch(config, n, world, given):
     """Makes the batch as small as a collection of n views, unless its size was given. Raises InputError where none fits."""
     size = config["batch_size"]
     if n < 2:
-        raise InputError("one training image has no other to be compared with: give more, or cut it in five with --crop five")
+        raise InputError("one training image has no other to compare with: give more, or cut it in five with --crop five")
     if size > n and "batch_size" not in given:
         size = config["batch_size"] = n - n % world
         print(f"batch size {size}: there are {n} training views")
@@ -186,12 +166,12 @@ class Objective(torch.nn.Module):
         """Features x, x_knn (N, D, h, w) and labels (N, H, W), which may be None -> (loss, its terms by name)."""
         codes, codes_knn = self.head(x), self.head(x_knn)
         # as the authors' code, modules.py:115-116: the loss compares features that went through the dropout too
-        loss, terms = stego_loss(self.head.dropout(x), self.head.dropout(x_knn), codes, codes_knn,
+        loss, terms = stego.stego_loss(self.head.dropout(x), self.head.dropout(x_knn), codes, codes_knn,
                                  self.lambdas, self.shifts, **self.switches)
         codes = codes.detach()  # the probes teach the head nothing
         terms["cluster"] = self.cluster_probe.loss(codes)
         if self.linear_probe:
-            terms["linear"] = linear_probe_loss(self.linear_probe(codes), labels)
+            terms["linear"] = stego.linear_probe_loss(self.linear_probe(codes), labels)
         return loss + terms["cluster"] + terms.get("linear", 0), terms
 
 
@@ -207,45 +187,37 @@ def interruptions():
 
 
 def restore(path, model, optimizers, steps):
-    """Puts what save_checkpoint wrote back into model and optimizers, and returns the step. Raises InputError if none fits."""
+    """Puts what save_checkpoint wrote back into model and optimizers. Returns the step and the rows of the log up to it.
+
+    Raises InputError for what does not fit.
+    """
     try:
-        saved = read_tensors(path, next(model.head.parameters()).device)
-        check_weights(saved["model"], path)
+        saved = stego.read_tensors(path, next(model.head.parameters()).device)
+        stego.check_weights(saved["model"], path)
         model.load_state_dict({key: value for key, value in saved["model"].items() if not key.startswith("refit_probe")})
         for part, optimizer in optimizers.items():
             state = saved["training"]["optimizers"][part]["state"]
             for moments in state.values():
-                check_weights(moments, path)
+                stego.check_weights(moments, path)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
             if any({key: value.shape for key, value in optimizer.state[parameter].items()} != {
                     "step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
                    for parameter in optimizer.param_groups[0]["params"]):
                 raise ValueError(f"the optimizer of {part} has another state")
-        step = saved["training"]["step"]
-        if type(step) is not int or not 0 < step <= steps:
-            raise ValueError(f"step {step}")
+        step, rows = saved["training"]["step"], saved["training"]["rows"]
+        if step not in Number(int, 1, steps + 1) or not isinstance(rows, list) or not all(
+                row.keys() == rows[0].keys() >= {"step"} and all(value in Number(float, -10 ** 9) for value in row.values())
+                for row in rows):
+            raise ValueError(f"step {step}, or its log")
     except (InputError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())  # torch's takes several lines
         raise InputError(f"--resume: {path} is damaged or of another model ({reason}); delete it, and the run begins at "
                          "step 0") from error
-    return step
+    return step, rows
 
 
-def logged(path, columns, last_step):
-    """The losses in log.jsonl, dicts with these columns, up to a step: what came after it is done again.
-
-    Lines of other columns (the health at the end) and damaged ones are left out.
-    """
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            rows += [row for row in [json.loads(line)] if row.keys() == columns and row["step"] <= last_step
-                     and all(value in Number(float, -10 ** 9) for value in row.values())]
-    return rows
-
-
-def run(given, options, name):
-    """One run, from settings to pictures. Returns its folder."""
+def run(given, options, folder, resume, held):
+    """One run, from settings to pictures. resume: it was begun in this folder, of which `held`, an ExitStack, takes a lock."""
     rank, world = data.process()
     seconds, started = {}, time.perf_counter()
 
@@ -255,40 +227,33 @@ def run(given, options, name):
         seconds[stage], started = round(time.perf_counter() - started, 1), time.perf_counter()
 
     # ---- settings ----
-    config = resolve(given)
-    folder = data.gathered(run_folder(name, config["dataset"], options.resume))[0]
-    if options.resume:
-        config = resumed_settings(folder / "config.json", given)
+    config = resumed_settings(folder / "config.json", given) if resume else resolve(given)
     device = evaluate.choose_device(options.device)
 
     # ---- data and backbone ----
     train, val = (data.load_collection(config["dataset"], config["data_root"], split, config["num_classes"])
                   for split in ("train", "val"))
-    if rank:
-        data.gathered(None)  # the first process downloads what is missing, the others find it
-    backbone = load_backbone(config["backbone"], device)
-    if rank == 0:
-        data.gathered(None)
+    backbone = stego.load_backbone(config["backbone"], device)
     size, eval_size = (data.round_to_patch(config[key], backbone.patch_size) for key in ("resolution", "eval_resolution"))
+    if size == backbone.patch_size:
+        raise InputError(f"--resolution {config['resolution']} is one patch of {size} pixels, which holds no two points to "
+                         f"compare: give {2 * size} or more")
     data.check_files((train, val), options.cache_dir, options.workers, config["skip_bad"])
-    n = len(train) * (5 if config["crop"] == "five" else 1)
+    views = data.Views(train, size, config["crop"])
+    n = len(views) * views.n_views
     fit_batch(config, n, world, given)
     bfloat16 = evaluate.choose_precision(config["precision"], device)
     config["precision"] = "bfloat16" if bfloat16 else "float32"  # a resumed run keeps it, wherever it goes on
     config["num_classes"] = train.n_classes
     config["num_clusters"] = config["num_clusters"] or train.n_classes
-    if size == backbone.patch_size:
-        raise InputError(f"--resolution {config['resolution']} is one patch of {size} pixels, which holds no two points to "
-                         f"compare: give {2 * size} or more")
     if config["num_clusters"] > n * (size // backbone.patch_size) ** 2:
         raise InputError(f"--num-clusters {config['num_clusters']} is more than the patches of all {n} training views: give "
                          "more images, a larger --resolution or fewer clusters")
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        options.held.enter_context(lock(folder / "lock", f"{folder}: another process is training there; wait for it, or give "
-                                        "another --name", wait=False))
+        held.enter_context(stego.lock(folder / "lock", f"{folder}: another process is training there; wait for it, or give "
+                                      "another --name", wait=False))
         data.write_text(folder / "config.json", json.dumps(config, indent=1))
-    options.begun = folder.name  # now there is something to go on with
     print(textwrap.fill(f"{folder} on {device}{f' x {world} processes' * (world > 1)}: "
                         + ", ".join(f"{key} {value}" for key, value in config.items()), 110))
     print(f"{len(train)} training images at {size} pixels, "
@@ -296,8 +261,8 @@ def run(given, options, name):
           f"{eval_size}" + " (the training images: there is no val)" * (val.split == "train"))
 
     # ---- every feature once ----
-    features = data.extract_features(backbone, train, size, config["crop"], config["facet"], bfloat16, options.cache_dir,
-                                     options.features, options.cache_gb, workers=options.workers, device=device)
+    features = data.extract_features(backbone, views, config["facet"], bfloat16, options.cache_dir, options.features,
+                                     options.cache_gb, workers=options.workers, device=device)
     batch_size = config["batch_size"]
     if (device.type == "cuda" and isinstance(features.maps, torch.Tensor)
             and features.maps.nbytes < torch.cuda.mem_get_info(device)[0] / 2):
@@ -309,7 +274,7 @@ def run(given, options, name):
 
     # ---- model ----
     torch.manual_seed(config["seed"])
-    model = Stego(backbone, config["code_dim"], config["num_clusters"], train.n_classes if train.has_labels else None,
+    model = stego.Stego(backbone, config["code_dim"], config["num_clusters"], train.n_classes if train.has_labels else None,
                   config["dropout"], config["facet"]).to(device).eval()
     model.bfloat16 = bfloat16
     optimizers = {"head": torch.optim.Adam(model.head.parameters(), lr=config["lr"]),
@@ -325,7 +290,7 @@ def run(given, options, name):
         rates = config["same_class"]
         if not rates:
             plain = evaluate.correspondences(features, neighbors, model.head, **{**pair_options, "center": False, "dropout": 0})
-            rates = same_class_rates(*(F for F, _, _ in plain.values()), config["num_clusters"])
+            rates = stego.same_class_rates(*(F for F, _, _ in plain.values()), config["num_clusters"])
         shifts = data.gathered(shifts_at(rates, pairs, shifts))[0]
         config.update(zip(("b_self", "b_knn", "b_rand"), shifts))
         if rank == 0:
@@ -338,15 +303,14 @@ def run(given, options, name):
         objective = torch.nn.parallel.DistributedDataParallel(objective)  # averages the gradients
 
     # ---- resume ----
-    checkpoint, log, first_step = folder / "checkpoint.pt", folder / "log.jsonl", 0
-    if options.resume and checkpoint.is_file():
-        first_step = restore(checkpoint, model, optimizers, config["steps"])
+    checkpoint, first_step, rows = folder / "checkpoint.pt", 0, []
+    if resume and checkpoint.is_file():
+        first_step, rows = restore(checkpoint, model, optimizers, config["steps"])
         print(f"resumed at step {first_step}")
-    rows = logged(log, {"step", "self", "knn", "rand", "cluster", *["linear"] * train.has_labels}, first_step)
 
     def write_log(*last):
         if rank == 0:
-            data.write_text(log, "".join(json.dumps(row) + "\n" for row in (*rows, *last)))
+            data.write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in (*rows, *last)))
 
     def save(step):
         """The checkpoint, unless its weights were no good to go on with."""
@@ -354,8 +318,8 @@ def run(given, options, name):
             raise InputError(f"step {step}: the weights are no numbers; lower --lr or --probe-lr (the checkpoint before is "
                              "kept)")
         if rank == 0:
-            save_checkpoint(checkpoint, model, config, step=step,
-                            optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()})
+            stego.save_checkpoint(checkpoint, model, config, step=step, rows=rows,
+                                  optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()})
 
     # ---- the loop: reads features, never images. Every random number is a function of seed and step ----
     def read(step):
@@ -407,30 +371,31 @@ def run(given, options, name):
     stage_done("training")
 
     # ---- clusters from the finished codes, and from the raw features for comparison ----
-    fitted = None
+    found = None
     if rank == 0:
         points = evaluate.sample_positions(features.maps, seed=config["seed"]).to(device)  # (n, D)
         with torch.no_grad():
             codes = model.head(points[:, :, None, None]).flatten(1)  # the head is 1x1: each position stands alone
-        fitted = [evaluate.fitted_probe(vectors, config["num_clusters"], config["seed"]).cpu() for vectors in (codes, points)]
+        refit, raw = (evaluate.fitted_probe(vectors, config["num_clusters"], config["seed"]).cpu()
+                      for vectors in (codes, points))
         pairs = evaluate.correspondences(features, neighbors, model.head, **pair_options)
         evaluate.draw_diagnostics(folder / "diagnostics.png", pairs, shifts)
-        health, wrong = evaluate.diagnose(codes.cpu(), fitted[0], pairs, shifts)
+        health, warnings = evaluate.diagnose(codes.cpu(), refit, pairs, shifts)
         write_log({"step": config["steps"], **health})
         print("health: " + ", ".join(f"{name} {value:.2f}" for name, value in health.items()))
-        fitted.append(wrong)
-    *fitted, config["warnings"] = data.gathered(fitted)[0]
-    model.refit_probe, raw_probe = (probe.to(device) for probe in fitted)
+        found = refit, raw, warnings
+    refit, raw, config["warnings"] = data.gathered(found)[0]
+    model.refit_probe = refit.to(device)
     save(config["steps"])
     stage_done("clusters")
 
     # ---- evaluation ----
     own, prediction = evaluate.model_probes(model)
-    probes = {evaluate.RAW: (raw_probe, "features"), **own}
+    probes = {evaluate.RAW: (raw.to(device), "features"), **own}
     confusions, samples = evaluate.evaluate(model, val, eval_size, probes, config["crf"], workers=options.workers)
     stage_done("evaluation")
     if rank:
-        return folder
+        return
     summary = evaluate.report(folder, confusions, samples, val, probes, prediction, seconds, config["warnings"])
     # Predictions on photos are painted and named like the classes that the clusters were matched to, if they were.
     config["classes"], config["palette"] = val.names, val.palette.tolist()
@@ -440,35 +405,31 @@ def run(given, options, name):
         evaluate.draw_losses(folder / "losses.png", rows)
     print("seconds:", ", ".join(f"{name} {value}" for name, value in seconds.items()))
     print(f"scores, pictures and checkpoint.pt are in {folder}")
-    return folder
 
 
 def main():
     given, options = parse_args()
-    resolve(given)  # mistakes are told at once
-    options.begun = None  # the run that there is to go on with
+    config = resolve(given)  # mistakes are told at once
+    seeds = range(config["seed"], config["seed"] + options.seeds)
     data.join_processes()
+    rank, world = data.process()
+    name, folders = data.gathered(run_folders(options.name, config["dataset"], options.resume, seeds))[0]
+    begun = data.gathered([folder for folder in folders if (folder / "config.json").is_file()])[0]
+    if 0 < len(begun) < len(folders):  # the others should be their like
+        known = {key: value for key, value in config.items() if value is not None and key not in ("seed", "batch_size")}
+        resumed_settings(begun[0] / "config.json", known)
     try:
-        with contextlib.ExitStack() as options.held:  # the locks of the folders of these runs
-            if options.seeds == 1:
-                run(given, options, options.name)
-                return
-            options.name = options.name or data.gathered(
-                run_folder(None, resolve(given)["dataset"], options.resume, options.seeds).name)[0]
-            first, resume, folders = resolve(given)["seed"], options.resume, []
-            for seed in range(first, first + options.seeds):
-                one = f"{options.name}-seed{seed}"
-                options.resume = resume and data.gathered(Path("runs", one, "config.json").is_file())[0]
-                folders.append(run({**given, "seed": seed}, options, one))
+        with contextlib.ExitStack() as held:
+            for folder, seed in zip(folders, seeds):
+                run({**given, "seed": seed} if len(seeds) > 1 else given, options, folder, folder in begun, held)
     except KeyboardInterrupt as interruption:
-        if not options.begun:
+        if not any((folder / "config.json").is_file() for folder in folders):
             raise
-        world = data.process()[1]
-        words = [*sys.argv, *([] if "--name" in sys.argv else ["--name", options.name or options.begun]),
+        words = [*sys.argv, *([] if "--name" in sys.argv else ["--name", name]),
                  *([] if "--resume" in sys.argv else ["--resume"])]
         raise KeyboardInterrupt(f"go on with: {f'torchrun --nproc_per_node={world}' if world > 1 else 'python'} "
                                 f"{shlex.join(words)}") from interruption
-    if data.process()[0] == 0:
+    if rank == 0 and len(folders) > 1:
         evaluate.compare(folders)
 
 

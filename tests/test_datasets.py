@@ -320,7 +320,7 @@ def test_a_preset_brings_its_data_set():
         config = train.resolve({"preset": preset, "data_root": "d", "dataset": "directory"})
         assert config["dataset"] == "directory" and config["data_root"] == "d"
     with pytest.raises(stego.InputError, match="--data-root.*--dataset directory"):
-        train.resolve({"preset": "scenes", "data_root": "d"})
+        data.load_collection("scenes", "d", "train")
 
 
 def test_a_preset_without_its_data_says_what_to_get(tmp_path, monkeypatch, capsys):

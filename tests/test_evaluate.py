@@ -192,6 +192,7 @@ def test_average_precision_equals_a_slow_loop():
     recall, precision, average = evaluate.precision_recall(*with_void, n_points=40)
     assert average == pytest.approx(np.mean(precisions)) and recall[-1] == 1
     assert precision[-1] == pytest.approx(same.float().mean().item())
+    assert evaluate.precision_recall(similarity, torch.full((40,), -1)) == ([], [], 0.0)  # no pair is labelled
 
 
 def test_health_tells_collapsed_and_scattered_codes_from_good_ones():
@@ -282,15 +283,25 @@ def test_photos_that_cannot_be_read_are_told_when_the_others_are_done(model, tmp
         "clusters.json", "line.png", "line_overlay.jpg", "panel.png"]
 
 
-@pytest.mark.parametrize("names, folder, out", [(["a.jpg", "a.png"], "photos", "out"), (["panel.jpg"], "photos", "out"),
-                                                (["a.png"], "photos/a.png", "photos")])
-def test_no_result_replaces_another_or_a_photo(names, folder, out, model, tmp_path):
+@pytest.mark.parametrize("names, message", [(["a.jpg", "a.png"], "a.png: its result would replace another picture"),
+                                            (["panel.jpg"], "panel.jpg: its result would replace another picture")])
+def test_no_result_replaces_another(names, message, model, tmp_path):
     (tmp_path / "photos").mkdir()
     for name in names:
         Image.new("RGB", (40, 30)).save(tmp_path / "photos" / name)
-    with pytest.raises(stego.InputError, match=f"{names[-1]}: its result would replace another picture"):
-        predicted(model, tmp_path / folder, tmp_path / out)
-    assert sorted(path.name for path in (tmp_path / "photos").iterdir()) == names and not (tmp_path / "out").exists()
+    with pytest.raises(stego.InputError, match=message):
+        predicted(model, tmp_path / "photos", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_go_into_a_folder_of_their_own_where_they_may_replace_older_ones(model, tmp_path):
+    photo = tmp_path / "photos/a.jpg"
+    photo.parent.mkdir()
+    Image.new("RGB", (40, 30)).save(photo)
+    with pytest.raises(stego.InputError, match="photos holds other files"):
+        predicted(model, photo, photo.parent)
+    for _ in range(2):
+        assert predicted(model, photo, tmp_path / "out") == (1, [])
 
 
 class Made:

@@ -30,8 +30,8 @@ import train
 
 # ---- kills, Ctrl-C and a full disk, at random moments of every stage ----
 
-STAGES = [(data, "extract_features"), (data, "cached_neighbors"), (train, "same_class_rates"), (train.Objective, "forward"),
-          (train, "save_checkpoint"), (evaluate, "fitted_probe"), (evaluate, "evaluate"), (evaluate, "report")]
+STAGES = [(data, "extract_features"), (data, "cached_neighbors"), (stego, "same_class_rates"), (train.Objective, "forward"),
+          (stego, "save_checkpoint"), (evaluate, "fitted_probe"), (evaluate, "evaluate"), (evaluate, "report")]
 SETTINGS = ["--data-root", "images", "--no-crf", *SMALL, "--steps", "60", "--checkpoint-every", "10"]
 
 
@@ -194,12 +194,12 @@ def test_a_second_run_in_the_folder_of_a_live_one_is_refused_and_of_a_dead_one_n
 
 def test_a_run_waits_for_another_that_fills_its_cache_and_then_reads_it(workplace, monkeypatch, capsys):
     backbone, train_set = stego.load_backbone("vit.pth"), data.Directory("images", "train", 3)
-    features = data.extract_features(backbone, train_set, 32, workers=0)
+    features = data.extract_features(backbone, data.Views(train_set, 32), workers=0)
     expected, folder = data.cached_neighbors(features, 3), features.folder
     folder.rename("ready")
     monkeypatch.setattr(data, "batches", lambda *_: pytest.fail("extracted"))
     with locked_by_another(f"{folder}.lock", 0.3, then=lambda: Path("ready").rename(folder)):
-        features = data.extract_features(backbone, train_set, 32, workers=0)
+        features = data.extract_features(backbone, data.Views(train_set, 32), workers=0)
     found = folder / "neighbors_3.npy"
     found.rename("ready.npy")
     monkeypatch.setattr(data, "nearest_neighbors", lambda *_: pytest.fail("computed"))
@@ -232,13 +232,14 @@ def test_a_file_that_somebody_cut_is_named_with_a_mend(workplace, monkeypatch):
         path.write_bytes(content)
 
 
-def test_a_damaged_log_loses_its_damaged_lines_alone(workplace, monkeypatch):
+def test_a_damaged_log_is_written_again(workplace, monkeypatch):
     arguments = ["--data-root", "images", "--name", "t", "--no-crf", *SMALL]
     train_here(monkeypatch, *arguments)
     log = Path("runs/t/log.jsonl")
-    log.write_bytes(log.read_bytes().replace(b'{"step": 8', b"\xff[]\n7\n{") + b'{"step": ')
+    whole = log.read_text()
+    log.write_bytes(b"\xff[]\n7\n{")
     train_here(monkeypatch, *arguments, "--resume")
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [4, 12, 12]
+    assert log.read_text() == whole and whole.count("\n") == 4
 
 
 def test_a_checkpoint_of_another_model_is_not_resumed(workplace, monkeypatch):

@@ -45,7 +45,7 @@ def test_a_pickle_in_the_cache_is_refused_and_does_not_run(name, folder, backbon
     train_set = data.Directory(folder, "train", 4)
 
     def read():
-        features = data.extract_features(backbone, train_set, 16, cache_dir=tmp_path / "cache", workers=0)
+        features = data.extract_features(backbone, data.Views(train_set, 16), cache_dir=tmp_path / "cache", workers=0)
         return data.cached_neighbors(features, 2)
 
     read()
@@ -65,7 +65,7 @@ def test_a_pickle_in_the_cache_is_refused_and_does_not_run(name, folder, backbon
 def test_a_pickle_as_the_progress_of_an_extraction_is_refused(folder, backbone, tmp_path):
     train_set = data.Directory(folder, "train", 4)
     def extract():
-        return data.extract_features(backbone, train_set, 16, cache_dir=tmp_path / "cache", workers=0)
+        return data.extract_features(backbone, data.Views(train_set, 16), cache_dir=tmp_path / "cache", workers=0)
     home = extract().folder
     home.rename(f"{home}.partial")
     np.save(f"{home}.partial/done.npy", np.array([Call(os.mkdir, str(tmp_path / "executed"))] * 3, object))
@@ -75,7 +75,7 @@ def test_a_pickle_as_the_progress_of_an_extraction_is_refused(folder, backbone, 
 
 
 def test_neighbors_that_do_not_exist_are_refused(folder, backbone, tmp_path):
-    features = data.extract_features(backbone, data.Directory(folder, "train", 4), 16, cache_dir=tmp_path, workers=0)
+    features = data.extract_features(backbone, data.Views(data.Directory(folder, "train", 4), 16), cache_dir=tmp_path, workers=0)
     neighbors = data.cached_neighbors(features, 2).numpy()
     for wrong in (neighbors - 3, neighbors + 1):
         np.save(features.folder / "neighbors_2.npy", wrong)

@@ -276,7 +276,8 @@ def test_presets_are_complete_and_name_known_backbones():
     keys = {"backbone", "crop", "code_dim", "batch_size", "steps", "center"} | {
         f"{kind}_{term}" for kind in ("lambda", "b") for term in ("self", "knn", "rand")}
     for preset in stego.PRESETS.values():
-        assert keys <= preset.keys() and preset["backbone"] in stego.BACKBONES
+        assert keys <= preset.keys() | stego.DEFAULTS.keys() and preset["backbone"] in stego.BACKBONES
+        assert keys <= preset.keys() or preset["dataset"] == "scenes"  # a published result leaves nothing to the defaults
 
 
 @pytest.mark.parametrize("n_classes, refit, facet", [(5, True, "token"), (None, False, "key")])
