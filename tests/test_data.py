@@ -440,6 +440,13 @@ def test_another_file_weight_size_crop_or_facet_is_another_cache(folder, backbon
 
 # ---- neighbours ----
 
+
+def test_the_features_of_unlabelled_photos_do_not_depend_on_the_number_of_classes(folder, backbone):
+    def key(split, n_classes):
+        return data.cache_key(backbone, data.Views(data.Directory(folder, split, n_classes), 16), "token", False)
+    assert key("val", 4) == key("val", 9) and key("train", 4) != key("train", 9)
+
+
 def test_nearest_neighbors_equal_brute_force_and_leave_the_item_out(monkeypatch):
     vectors = torch.randn(50, 8) * torch.rand(50, 1) * 10
     similarity = nnf.cosine_similarity(vectors[:, None], vectors[None], dim=2).fill_diagonal_(-2)

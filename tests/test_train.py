@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -324,7 +325,8 @@ def test_a_few_photos_make_a_smaller_batch_unless_its_size_was_given(workplace, 
     ("", "--checkpoint FILE"), ("--checkpoint nowhere.pt", "nowhere.pt"), ("--checkpoint m.pt --predict images", "--out"),
     ("--checkpoint m.pt --eval-resolution 0", "--eval-resolution: must be an integer of at least 1"),
     ("--checkpoint m.pt --workers -1", "--workers: must be an integer of at least 0"),
-    ("--checkpoint m.pt --device abacus", "--device abacus"),
+    ("--checkpoint m.pt --device abacus", "--device abacus"), ("--checkpoint m.pt --device meta", "--device meta: not usable"),
+    ("--checkpoint m.pt --dataset scenes --data-root images", "the scenes are drawn"),
     ("--checkpoint m.pt --predict images --out o --baseline", "--baseline: not allowed with argument --predict"),
     ("--checkpoint m.pt --baseline --correspondences", "--correspondences: not allowed with argument --baseline"),
     ("--checkpoint m.pt --clusters refit", "--clusters refit: m.pt has no clusters of finished codes"),
@@ -342,6 +344,16 @@ def test_a_loss_that_is_no_number_stops_the_run(workplace, monkeypatch):
     monkeypatch.setattr(stego, "linear_probe_loss", lambda logits, labels: logits.mean() * float("nan"))
     with pytest.raises(stego.InputError, match="step 4: the loss linear .* --lr"):
         train_here(monkeypatch, "--data-root", "images", "--name", "t", *SMALL)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 TB")])
+def test_a_full_memory_is_told_in_a_sentence(error, capsys):
+    def full():
+        raise error
+    with pytest.raises(SystemExit) as stopped:
+        train.evaluate.run(full)
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: the memory is full")
 
 
 @pytest.mark.parametrize("log_every", [1, 100])  # seen in the log, or only when the weights are to be saved
@@ -414,3 +426,13 @@ def test_a_run_is_resumed_by_the_command_that_began_it(workplace, monkeypatch, c
     assert (workplace / "runs/directory-1-seed1/scores.json").is_file()
     error = told(monkeypatch, capsys, train, "--data-root", "images", *SMALL, "--resume")
     assert "no run in runs/directory-1; give its --name, and --seeds" in error
+
+
+def test_seeds_that_were_not_begun_get_the_settings_of_the_others_or_none(workplace, monkeypatch, capsys):
+    command = ["--data-root", "images", "--no-crf", "--name", "t", *SMALL]
+    train_here(monkeypatch, *command[:-2], "--workers", "0", "--name", "t-seed0")
+    error = told(monkeypatch, capsys, train, "--resume", "--name", "t", "--seeds", "2")
+    assert "runs/t-seed0 was started with other settings: dataset scenes instead of directory" in error
+    assert not Path("runs/t-seed1").exists()
+    train_here(monkeypatch, *command, "--resume", "--seeds", "2")
+    assert Path("runs/t-seed1/scores.json").is_file()
