@@ -108,6 +108,7 @@ def read_image(path, draft=False):
             raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        # by way of RGBA where a palette may have transparent colours, of which Pillow would warn
         return image.convert("RGBA" if image.mode == "P" else image.mode).convert("RGB")
 
 
@@ -221,40 +222,38 @@ class Directory(Files):
         root = Path(root)
         if not root.exists():
             raise InputError(f"{root}: there is no such folder")
-        folder, labels = root, None
-        if root.is_file():
-            folder = root.parent
-        elif (root / "imgs").is_dir():
+        self.folder, label_folder = root.parent if root.is_file() else root, None
+        if (root / "imgs").is_dir():
             if split == "val" and not (root / "imgs/val").is_dir():
                 split = "train"
-            folder, labels = root / "imgs" / (split or ""), split and root / "labels" / split
-        files = [root] if root.is_file() else files_below(folder)
-        images = [path for path in files if path.suffix.lower() in SUFFIXES
+            self.folder = root / "imgs" / (split or "")
+            label_folder = root / "labels" / split if split else None
+        images = [path for path in ([root] if root.is_file() else files_below(self.folder))
+                  if path.suffix.lower() in SUFFIXES
                   and (path.is_file() or path.is_symlink() and not path.exists())]  # a broken link is told, not overlooked
         if not images:
-            raise InputError(f"{folder}: no images ({' '.join(sorted(SUFFIXES))})")
-        stems = [path.relative_to(folder).with_suffix("") for path in images]
-        label_of = {path.relative_to(labels).with_suffix(""): path for path in files_below(labels)
-                    if path.suffix == ".png"} if labels else {}
+            raise InputError(f"{self.folder}: no images ({' '.join(sorted(SUFFIXES))})")
+        stems = [path.relative_to(self.folder).with_suffix("") for path in images]
+        label_of = {path.relative_to(label_folder).with_suffix(""): path for path in files_below(label_folder)
+                    if path.suffix == ".png"} if label_folder else {}
         if label_of and len(set(stems)) < len(stems):
             path = next(path for i, path in enumerate(images) if stems[i] in stems[:i])
             raise InputError(f"{path}: another image has the same name up to its ending, and so the same label; rename one")
         if label_of and not label_of.keys() & set(stems):
-            raise InputError(f"{labels}: no label has the name of an image up to its ending, like {stems[0]}.png; rename "
+            raise InputError(f"{label_folder}: no label has the name of an image up to its ending, like {stems[0]}.png; rename "
                              "them, or do without this folder")
-        names = root / "classes.txt"
+        class_file = root / "classes.txt"
         try:
-            names = names.read_text("utf-8-sig").split("\n") if names.is_file() else []
+            lines = class_file.read_text("utf-8-sig").split("\n") if class_file.is_file() else []
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{names}: not a readable text file ({error}); save it as UTF-8") from error
-        names = [name.strip() for name in names if name.strip()]
+            raise InputError(f"{class_file}: not a readable text file ({error}); save it as UTF-8") from error
+        names = [line.strip() for line in lines if line.strip()]
         n_classes = n_classes or len(names)
         if not 1 <= n_classes <= VOID:
             raise InputError(f"{root}: say with --num-classes how many kinds of things to tell apart (1 to {VOID}), or name "
                              "them in a classes.txt, one a line")
         names = (names + [f"class {i}" for i in range(len(names), n_classes)])[:n_classes]
         super().__init__(root, split, images, [label_of.get(stem) for stem in stems], names, range(n_classes))
-        self.folder = folder
 
 
 class Layout(NamedTuple):

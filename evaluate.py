@@ -324,7 +324,8 @@ def log_probabilities(probe, maps, size):
     if not isinstance(probe, ClusterProbe):
         return upsample(probe(maps), size).log_softmax(1)
     dots = upsample(torch.einsum("nchw,kc->nkhw", maps, nnf.normalize(probe.centroids, dim=1)), size)
-    # The length of an upsampled vector, |p u + q v|^2 = p^2 u.u + q^2 v.v + 2 p q u.v along a row between columns u and v
+    # The length of the upsampled vectors: rows are upsampled first, and along a row a pixel is (1 - q) u + q v of the columns
+    # u and v beside it, so that of the columns only u.u, v.v and u.v are needed.
     w, W = maps.shape[3], size[1]
     rows = upsample(maps, (size[0], w))  # (N, C, H, w)
     squares = rows.square().sum(1)
@@ -364,7 +365,7 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
     """
     device, (rank, world) = next(model.head.parameters()).device, data.process()
     mine = range(rank, len(collection), world)
-    names = [name + suffix for name in probes for suffix in ("", CRF)[:1 + crf]]
+    names = [name + suffix for name in probes for suffix in (("", CRF) if crf else ("",))]
     confusions, samples, pending = {}, [], []
     for name in names if collection.has_labels else ():
         n_clusters = n_outputs(probes[name.removesuffix(CRF)][0])
@@ -604,15 +605,15 @@ def save_picture(image, path):
         image.save(temporary, format="JPEG" if Path(path).suffix == ".jpg" else "PNG", quality=90)
 
 
-def _shortened(names):
+def shortened(names):
     """`names` on one line each, of at most 40 characters."""
     names = [" ".join(name.split()) for name in names]
     return [name if len(name) <= 40 else name[:39] + "…" for name in names]
 
 
-def _legend(names, colours, width, size=16):
+def draw_legend(names, colours, width, size=16):
     """A picture with a coloured square and a name of each class, in columns that fill `width` px. size: of the text, in px."""
-    names, font = _shortened(names), ImageFont.load_default(size)
+    names, font = shortened(names), ImageFont.load_default(size)
     step_x, step_y = math.ceil(max(map(font.getlength, names))) + 3 * size, round(1.7 * size)
     per_line = max(1, (width + size) // step_x)  # the last one needs no gap
     legend = Image.new("RGB", (max(width, step_x), math.ceil(len(names) / per_line) * step_y), "white")
@@ -632,7 +633,7 @@ def draw_panel(path, columns, names, palette):
     """
     side, gap, pad, top = min(320, 1400 // len(columns)), 6, 20, 50
     width, bottom = len(columns) * (side + gap) - gap, top + len(columns[0][1]) * (side + gap) + gap
-    legend = _legend(names, palette, width)
+    legend = draw_legend(names, palette, width)
     canvas = Image.new("RGB", (legend.width + 2 * pad, bottom + legend.height + pad), "white")
     canvas.paste(legend, (pad, bottom))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(18)
@@ -658,7 +659,7 @@ def draw_confusion(path, confusion, assignment, row_names, names, palette):
     cell, pad, strip = min(72, max(28, 960 // len(row_names))), 20, 12
     font, figures = ImageFont.load_default(16), ImageFont.load_default(min(20, cell // 2))
     turned = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
-    names, row_names = _shortened(names), _shortened(row_names)
+    names, row_names = shortened(names), shortened(row_names)
     left, below = (math.ceil(max(map(font.getlength, texts))) + strip + 36 for texts in (names, row_names))
     left, below = max(left, 200), max(below, 90)  # room for the explanation, in the corner between the names
 
@@ -686,7 +687,7 @@ def draw_confusion(path, confusion, assignment, row_names, names, palette):
     save_picture(canvas, path)
 
 
-def _axis(values):
+def axis_of(values):
     """Limits of an axis that shows `values` (1-D), and about 3 to 6 round positions on it to label."""
     low, high = (values.min(), values.max()) if len(values) else (0, 1)
     room = max((high - low) / 20, abs(low) / 1000, abs(high) / 1000) or 1  # constants have no extent of their own
@@ -708,7 +709,7 @@ def draw_curves(path, plots, x_label, colours=((0, 114, 178), (213, 94, 0)), mar
     lines = math.ceil(len(plots) / 3)
     per_line = math.ceil(len(plots) / lines)  # equally full lines: four plots are 2 x 2
     names, colours = list(next(iter(plots.values()))), list(colours)
-    legend = _legend(names + [mark_name] * bool(marks), colours + [(0, 0, 0)], per_line * step_x - margin, 42)
+    legend = draw_legend(names + [mark_name] * bool(marks), colours + [(0, 0, 0)], per_line * step_x - margin, 42)
     canvas = Image.new("RGB", (per_line * step_x + 120, lines * step_y + legend.height + 75), "white")
     canvas.paste(legend, (margin, lines * step_y + 30))
     draw = ImageDraw.Draw(canvas)
@@ -719,15 +720,15 @@ def draw_curves(path, plots, x_label, colours=((0, 114, 178), (213, 94, 0)), mar
         draw.text((left + wide / 2, bottom + 115), x_label, "black", font, "mm")
         points = [np.array(line, float) for line in plot_lines.values()]
         points = [line[:, np.isfinite(line).all(0)] for line in points]
-        (x_limits, x_marks), (y_limits, y_marks) = map(_axis, np.concatenate(points, 1))
+        (x_limits, x_marks), (y_limits, y_marks) = map(axis_of, np.concatenate(points, 1))
         for v, x in zip(x_marks, np.interp(x_marks, x_limits, (left, right))):
             draw.line((x, top, x, bottom), (230, 230, 230), 3)
             draw.text((x, bottom + 45), f"{v:.10g}", "black", font, "mm")
         for v, y in zip(y_marks, np.interp(y_marks, y_limits, (bottom, top))):
             draw.line((left, y, right, y), (230, 230, 230), 3)
             draw.text((left - 24, y), f"{v:.10g}", "black", font, "rm")
-        for mark in marks[i:i + 1]:
-            x = np.interp(mark, x_limits, (left, right))
+        if marks:
+            x = np.interp(marks[i], x_limits, (left, right))
             draw.line((x, top, x, bottom), "black", 4)
         for (x, y), colour in zip(points, colours):
             line = list(zip(np.interp(x, x_limits, (left, right)), np.interp(y, y_limits, (bottom, top))))
@@ -812,7 +813,7 @@ def model_probes(model):
     return probes, REFIT if REFIT in probes else ONLINE
 
 
-def legend(config, prediction, n_clusters, path):
+def cluster_legend(config, prediction, n_clusters, path):
     """(colours, names) of the clusters of a probe: those of the classes that training on labelled images matched them to, if
     it did. config: from the checkpoint `path`, which is named in the InputError that damaged ones raise."""
     try:
@@ -866,7 +867,7 @@ def add_machine_options(parser):
                         help="processes that decode images and run CRFs (default: one a core, at most 8)")
 
 
-def run(main):
+def run_main(main):
     """main(), with what goes wrong as one sentence: exit status 2, or 130 after Ctrl-C."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may be what a terminal cannot show
     try:
@@ -950,8 +951,8 @@ def main():
         raise InputError("--predict, --baseline and --correspondences are for one process: start it without torchrun")
     if args.predict:
         probe = probes[prediction][0]
-        n, bad = predict_folder(model, probe, args.predict, args.out, size, *legend(config, prediction, n_outputs(probe), path),
-                                config["crf"])
+        palette, names = cluster_legend(config, prediction, n_outputs(probe), path)
+        n, bad = predict_folder(model, probe, args.predict, args.out, size, palette, names, config["crf"])
         print(f"{n} images segmented into {args.out}")
         if bad and not config["skip_bad"]:
             raise InputError(f"{data.listed(bad)}; all others are segmented")
@@ -994,4 +995,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

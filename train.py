@@ -434,4 +434,4 @@ def main():
 
 
 if __name__ == "__main__":
-    evaluate.run(main)
+    evaluate.run_main(main)

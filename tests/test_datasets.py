@@ -327,7 +327,7 @@ def test_a_preset_without_its_data_says_what_to_get(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "cocostuff27-vits8", "--device", "cpu"])
     with pytest.raises(SystemExit) as stopped:
-        train.evaluate.run(train.main)
+        train.evaluate.run_main(train.main)
     assert stopped.value.code == 2 and not list(tmp_path.iterdir())
     error = capsys.readouterr().err
     assert error.startswith("error: --dataset cocostuff27 needs --data-root FOLDER with images/") and error.count("\n") == 1

@@ -60,7 +60,7 @@ def forked(arguments, stage=None, fault=None, occurrence=0, delay=0.0):
             setattr(*stage, faulty)
         sys.argv, status = ["train.py", *arguments], 1
         try:
-            evaluate.run(train.main)
+            evaluate.run_main(train.main)
             status = 0
         except SystemExit as stop:
             status = stop.code

@@ -185,7 +185,7 @@ def test_resume_refuses_settings_that_are_none(config, tmp_path, monkeypatch, ca
     write_run(tmp_path / "runs/t", config=config)
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--name", "t", "--device", "cpu"])
     with pytest.raises(SystemExit) as stopped:
-        evaluate.run(train.main)
+        evaluate.run_main(train.main)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error

@@ -168,7 +168,7 @@ def tell(model, *arguments, **options):
     torch.save((model.state_dict(), confusions, len(samples)), f"told{{os.environ['RANK']}}.pt")
     return confusions, samples
 evaluate.evaluate = tell
-evaluate.run(train.main)
+evaluate.run_main(train.main)
 """
 
 
@@ -243,7 +243,7 @@ def told(monkeypatch, capsys, script, *arguments):
     """The sentence that a mistake ends with."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        train.evaluate.run(script.main)
+        train.evaluate.run_main(script.main)
     assert stopped.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -352,7 +352,7 @@ def test_a_full_memory_is_told_in_a_sentence(error, capsys):
     def full():
         raise error
     with pytest.raises(SystemExit) as stopped:
-        train.evaluate.run(full)
+        train.evaluate.run_main(full)
     assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: the memory is full")
 
 
