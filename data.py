@@ -223,9 +223,9 @@ class Directory(Files):
         if not root.exists():
             raise InputError(f"{root}: there is no such folder")
         self.folder, label_folder = root.parent if root.is_file() else root, None
+        if split == "val" and not (root / "imgs/val").is_dir():
+            split = "train"
         if (root / "imgs").is_dir():
-            if split == "val" and not (root / "imgs/val").is_dir():
-                split = "train"
             self.folder = root / "imgs" / (split or "")
             label_folder = root / "labels" / split if split else None
         images = [path for path in ([root] if root.is_file() else files_below(self.folder))
@@ -720,7 +720,7 @@ def extract_features(backbone, views, facet="token", bfloat16=False, cache_dir="
         begun = (cache_dir / key).is_dir() or (cache_dir / f"{key}.partial").is_dir()
         if mode == "auto":
             mode = "cached" if begun or needed < min(cache_gb, free) else "live"
-            print(f"features {mode}: all take {needed:.2f} GB, with {free:.0f} GB free and --cache-gb {cache_gb:g}")
+            print(f"features {mode}: all take {needed:.2g} GB, with {free:.0f} GB free and --cache-gb {cache_gb:g}")
         if mode == "cached" and not begun and needed > free:
             raise InputError(f"{cache_dir}: the features need {needed:.1f} GB and {free:.1f} GB are free; give another "
                              "disk with --cache-dir, or --features live")
