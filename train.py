@@ -77,11 +77,11 @@ def resolve(given):
 def run_folders(name, dataset, resume, seeds):
     """(name, folders): runs/<name>, or runs/<name>-seed<seed> for each of several seeds. Without a name it is the data set's
     with the first number that is free, or to resume the last that is not. Raises InputError where they cannot be begun."""
-    def begun(name):
-        return [folder for folder in folders(name) if (folder / "config.json").is_file()]
-
     def folders(name):
         return [Path("runs") / (f"{name}-seed{seed}" if len(seeds) > 1 else name) for seed in seeds]
+
+    def begun(name):
+        return [folder for folder in folders(name) if (folder / "config.json").is_file()]
 
     if not name:
         number = 1
@@ -167,7 +167,7 @@ class Objective(torch.nn.Module):
         codes, codes_knn = self.head(x), self.head(x_knn)
         # as the authors' code, modules.py:115-116: the loss compares features that went through the dropout too
         loss, terms = stego.stego_loss(self.head.dropout(x), self.head.dropout(x_knn), codes, codes_knn,
-                                 self.lambdas, self.shifts, **self.switches)
+                                       self.lambdas, self.shifts, **self.switches)
         codes = codes.detach()  # the probes teach the head nothing
         terms["cluster"] = self.cluster_probe.loss(codes)
         if self.linear_probe:
@@ -263,7 +263,6 @@ def run(given, options, folder, resume, held):
     # ---- every feature once ----
     features = data.extract_features(backbone, views, config["facet"], bfloat16, options.cache_dir, options.features,
                                      options.cache_gb, workers=options.workers, device=device)
-    batch_size = config["batch_size"]
     if (device.type == "cuda" and isinstance(features.maps, torch.Tensor)
             and features.maps.nbytes < torch.cuda.mem_get_info(device)[0] / 2):
         features = features._replace(maps=features.maps.to(device))  # then no step waits for disk or bus
@@ -275,7 +274,7 @@ def run(given, options, folder, resume, held):
     # ---- model ----
     torch.manual_seed(config["seed"])
     model = stego.Stego(backbone, config["code_dim"], config["num_clusters"], train.n_classes if train.has_labels else None,
-                  config["dropout"], config["facet"]).to(device).eval()
+                        config["dropout"], config["facet"]).to(device).eval()
     model.bfloat16 = bfloat16
     optimizers = {"head": torch.optim.Adam(model.head.parameters(), lr=config["lr"]),
                   "cluster_probe": torch.optim.Adam(model.cluster_probe.parameters(), lr=config["probe_lr"])}
@@ -324,9 +323,9 @@ def run(given, options, folder, resume, held):
     # ---- the loop: reads features, never images. Every random number is a function of seed and step ----
     def read(step):
         """The features of a batch and of its neighbours, and the labels: this process's share of the step."""
-        batch = batch_of(step, n, batch_size, config["seed"])
+        batch = batch_of(step, n, config["batch_size"], config["seed"])
         draw = torch.Generator().manual_seed(config["seed"] * 1_000_003 + step)
-        batch_knn = neighbors[batch, torch.randint(k, (batch_size,), generator=draw)]
+        batch_knn = neighbors[batch, torch.randint(k, batch.shape, generator=draw)]
         mine = slice(rank, None, world)
         tensors = [features.maps[batch[mine]], features.maps[batch_knn[mine]]]
         tensors += [features.labels[batch[mine]]] if train.has_labels else []
@@ -415,7 +414,7 @@ def main():
     rank, world = data.process()
     name, folders = data.gathered(run_folders(options.name, config["dataset"], options.resume, seeds))[0]
     begun = data.gathered([folder for folder in folders if (folder / "config.json").is_file()])[0]
-    if 0 < len(begun) < len(folders):  # the others should be their like
+    if 0 < len(begun) < len(folders):  # the seeds that were not begun should be like those that were
         known = {key: value for key, value in config.items() if value is not None and key not in ("seed", "batch_size")}
         resumed_settings(begun[0] / "config.json", known)
     try:

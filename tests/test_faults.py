@@ -45,6 +45,7 @@ def forked(arguments, stage=None, fault=None, occurrence=0, delay=0.0):
         with open("out.txt", "w") as out:
             os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
         warnings.simplefilter("ignore", ResourceWarning)  # a file that Ctrl-C meets between open and with
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
         calls = itertools.count()
         data.time = types.SimpleNamespace(monotonic=itertools.count(0, 10).__next__)  # an extraction notes every batch
         data.extract_features = functools.partial(data.extract_features, batch_size=4)
