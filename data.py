@@ -39,9 +39,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 warnings.filterwarnings("ignore", module="PIL")  # what it reads we take, up to 179 million pixels; beyond, it refuses
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Several processes: torchrun --nproc_per_node=K train.py
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Several processes: torchrun --nproc_per_node=K train.py ----
 
 def join_processes():
     """Joins the processes that torchrun started, if it did: one GPU each, or the CPU."""
@@ -74,10 +72,9 @@ def follow_parent(*_):
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Collections: len(), .image(i) -> PIL RGB, .label(i) -> (H, W) uint8 or None, .name(i) for messages, .root, .split,
+# ---- Collections of images ----
+# Each has len(), .image(i) -> PIL RGB, .label(i) -> (H, W) uint8 or None, .name(i) for messages, .root, .split,
 # .names of the .n_classes classes, .palette, .has_labels, and .fingerprint(), a string that changes whenever a file does
-# ---------------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def opened(path, kind):
@@ -513,9 +510,7 @@ def check_files(collections, cache_dir, workers, skip_bad=False):
         print(sentence)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Views: what the network sees of an image
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Views: what the network sees of an image ----
 
 def round_to_patch(size, patch_size):
     """The multiple of patch_size nearest to size, at least one patch."""
@@ -584,9 +579,7 @@ def batches(dataset, batch_size, workers):
         yield torch.cat(images), torch.cat(labels)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Every feature once
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Every feature once ----
 
 class Features(NamedTuple):
     """Frozen features of every view. maps: (N, D, h, w) float16 and labels: (N, size, size) uint8 are memory maps, or

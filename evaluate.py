@@ -38,9 +38,7 @@ from stego import VOID, ClusterProbe, InputError, Number
 RAW, ONLINE, REFIT, LINEAR = "k-means on features", "cluster probe", "k-means on codes", "linear probe"  # table rows
 CRF = " + CRF"  # behind the name of a probe: its probabilities, sharpened
 
-# ---------------------------------------------------------------------------------------------------------------
-# Scores: everything from one confusion matrix
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Scores: everything from one confusion matrix ----
 
 def confusion_matrix(pred, label, n_clusters, n_classes):
     """counts[k, c] = pixels of class c that were given cluster k. (n_clusters, n_classes) int64.
@@ -121,9 +119,7 @@ def scores(confusion, assignment):
     return {"miou": float(miou), "accuracy": float(accuracy), "iou": iou.tolist()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Clusters: cosine k-means on finished codes
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Clusters: cosine k-means on finished codes ----
 
 def n_outputs(probe):
     """How many clusters, or classes, a cluster or a linear probe tells apart."""
@@ -219,9 +215,7 @@ def baseline_probes(features, code_dim, n_clusters, n_classes, steps, seed, devi
     return probes
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Correspondences: what the loss sees, and how well it tells classes apart
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Correspondences: what the loss sees, and how well it tells classes apart ----
 
 @torch.no_grad()
 def correspondences(features, neighbors, head, center, device, dropout=0.0, n_batches=10, batch_size=16, n_points=11,
@@ -301,9 +295,7 @@ def diagnose(codes, probe, pairs, shifts):
     return {name: round(value, 4) for name, value in health.items()}, wrong
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# From images to class probabilities
-# ---------------------------------------------------------------------------------------------------------------
+# ---- From images to class probabilities ----
 
 @torch.no_grad()
 def flip_averaged(model, images):
@@ -412,9 +404,7 @@ def evaluate(model, collection, size, probes, crf=True, batch_size=8, workers=2,
     return confusions, sorted(itertools.chain(*data.gathered(samples)), key=lambda sample: sample["index"])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Results: a table, scores.json, pictures
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Results: a table, scores.json, pictures ----
 
 def report(folder, confusions, samples, collection, probes, prediction, seconds=None, warnings=()):
     """Prints the table and writes scores.json, panel.png and, with labels, confusion.png into `folder`.
@@ -523,9 +513,7 @@ def paint(ids, palette):
     return colours[ids]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Your own photos
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Your own photos ----
 
 @torch.no_grad()
 def predict(model, probe, image, size, crf=True):
@@ -595,9 +583,7 @@ def predict_folder(model, probe, folder, out, size, palette, names, crf=True):
     return len(photos) - len(bad), bad
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Pictures ----
 
 def save_picture(image, path):
     """Writes a PIL image, PNG or JPEG by the ending of `path`, so that it never exists half-written."""
@@ -800,9 +786,7 @@ def draw_heatmaps(path, model, views, neighbors, n_images=5):
     draw_panel(path, list(zip(titles, zip(*rows))), legend, scale)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Command line ----
 
 def model_probes(model):
     """name -> (probe, what it reads) of a trained model, and the name of the probe whose clusters are the prediction: of

@@ -160,9 +160,7 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Frozen backbone: f = ViT(x)
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Frozen backbone: f = ViT(x) ----
 
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
@@ -323,9 +321,7 @@ def frozen_features(backbone, images, facet="token", bfloat16=False):
         return backbone(images, facet).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Segmentation head: s = head(f)
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Segmentation head: s = head(f) ----
 
 class SegmentationHead(nn.Module):
     """Codes from features: a linear map plus a two-layer perceptron, both 1x1. (N, in_dim, h, w) -> (N, code_dim, h, w).
@@ -343,9 +339,7 @@ class SegmentationHead(nn.Module):
         return self.linear(self.dropout(features)) + self.nonlinear(self.dropout(features))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Correspondence distillation
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Correspondence distillation ----
 
 def sample(maps, points):
     """Bilinear values of maps at points: out[n, :, i, j] = maps[n] at points[n, i, j].
@@ -450,9 +444,7 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
     return sum(weight * term for weight, term in zip(lambdas, terms.values())), terms
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Shifts without tuning: as many pairs attract as seem to show the same class
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Shifts without tuning: as many pairs attract as seem to show the same class ----
 
 def same_class_rates(F_self, F_knn, F_rand, n_classes):
     """Shares of the self, the knn and the rand pairs of points that show the same class, estimated without labels.
@@ -476,9 +468,7 @@ def same_class_rates(F_self, F_knn, F_rand, n_classes):
     return tuple(max(pi_rand, 1 - (1 - pi_rand) * (F.le(m).float().mean() / below).item()) for F in (F_self, F_knn, F_rand))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Probes, trained on detached codes: they read the codes and teach the head nothing
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Probes, trained on detached codes: they read the codes and teach the head nothing ----
 
 class ClusterProbe(nn.Module):
     """Cosine k-means by gradient descent: the paper's minibatch k-means (as the authors' code, modules.py:134-161).
@@ -534,9 +524,7 @@ class Stego(nn.Module):
         return self.head(self.features(images))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files: what comes from elsewhere is read as data and never run as code; what is written is whole
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Files: what comes from elsewhere is read as data and never run as code; what is written is whole ----
 
 class Record:
     """Stands for an object of a foreign class: what was stored in it, and nothing that it could do."""
@@ -663,9 +651,7 @@ def download(url):
     return file
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Checkpoints: one file that needs nothing else, the backbone and the configuration included
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints: one file that needs nothing else, the backbone and the configuration included ----
 
 def save_checkpoint(path, model, config, **training):
     """Writes model, config (a dict of plain values) and whatever training state a resumed run needs, atomically."""
