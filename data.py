@@ -205,7 +205,14 @@ def files_below(folder):
     def refuse(error):  # os.walk, and Path.rglob always, would leave it out without a word
         if not isinstance(error, FileNotFoundError):
             raise InputError(f"{error.filename}: {error.strerror}; mend its permissions")
-    return sorted(Path(top, name) for top, _, names in os.walk(folder, onerror=refuse) for name in names)
+    files, seen = [], set()
+    for top, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (here := os.path.realpath(top)) in seen:  # a link in a circle, or to what is below anyway
+            folders.clear()
+        else:
+            seen.add(here)
+            files += [Path(top, name) for name in names]
+    return sorted(files)
 
 
 class Directory(Files):

@@ -151,6 +151,16 @@ def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
         data.Directory(folder, "train", 4)
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    save_image(tmp_path / "elsewhere/a.jpg")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/linked").symlink_to(tmp_path / "elsewhere")
+    assert [path.name for path in data.Directory(tmp_path / "photos", "train", 2).images] == ["a.jpg"]
+    (tmp_path / "elsewhere/circle").symlink_to(tmp_path / "photos")
+    (tmp_path / "elsewhere/itself").symlink_to(tmp_path / "elsewhere")
+    assert len(data.Directory(tmp_path / "photos", "train", 2)) == 1
+
+
 def test_without_val_the_training_images_are_evaluated(folder):
     (folder / "imgs/val/v.png").unlink()
     (folder / "imgs/val").rmdir()
