@@ -238,8 +238,12 @@ class Directory(Files):
         if not images:
             raise InputError(f"{self.folder}: no images ({' '.join(sorted(SUFFIXES))})")
         stems = [path.relative_to(self.folder).with_suffix("") for path in images]
-        label_of = {path.relative_to(label_folder).with_suffix(""): path for path in files_below(label_folder)
-                    if path.suffix == ".png"} if label_folder else {}
+        label_files = files_below(label_folder) if label_folder else []
+        label_of = {path.relative_to(label_folder).with_suffix(""): path for path in label_files
+                    if path.suffix.lower() == ".png"}
+        strays = [path for path in (root / "labels").glob("*") if path.is_file()] if label_folder else []
+        if not label_of and label_files + strays:
+            raise InputError(f"{(label_files + strays)[0]}: no label; they are {label_folder}/*.png, named like the images")
         if label_of and len(set(stems)) < len(stems):
             path = next(path for i, path in enumerate(images) if stems[i] in stems[:i])
             raise InputError(f"{path}: another image has the same name up to its ending, and so the same label; rename one")

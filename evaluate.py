@@ -135,8 +135,8 @@ def kmeans(codes, n_clusters, restarts=20, seed=0, iterations=100):
     that is up to 10 points of mIoU worse, and shows it in the objective. Deterministic per seed. Returns
     (n_clusters, C). Raises ValueError where there are fewer codes than clusters.
     """
-    if not 1 <= n_clusters <= len(codes):
-        raise ValueError(f"{n_clusters} clusters of {len(codes)} codes")
+    if not 1 <= n_clusters <= len(codes) or restarts < 1:
+        raise ValueError(f"{n_clusters} clusters of {len(codes)} codes, from {restarts} restarts")
     codes = nnf.normalize(codes.float(), dim=1)
     generator = torch.Generator().manual_seed(seed)
     best, best_objective = None, -torch.inf
@@ -421,13 +421,15 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
         results[name] = {**scores(confusion, assignment), "assignment": assignment.tolist()}
         results[name]["iou"] = [None if math.isnan(iou) else iou for iou in results[name]["iou"]]  # JSON has no NaN
 
+    confusion_png = folder / "confusion.png"
     if results:
         print("\n" + table({name: [result] for name, result in results.items()}, prediction))
         matched = results[prediction]["assignment"]
         order = sorted(range(len(matched)), key=lambda k: (matched[k] < 0, matched[k], k))
-        draw_confusion(folder / "confusion.png", np.asarray(confusions[prediction])[order], [matched[k] for k in order],
+        draw_confusion(confusion_png, np.asarray(confusions[prediction])[order], [matched[k] for k in order],
                        cluster_names(matched, collection.names, order), collection.names, collection.palette)
-
+    else:
+        confusion_png.unlink(missing_ok=True)  # of an earlier evaluation
     for sentence in warnings:
         print(f"warning: {sentence}")
 
@@ -448,7 +450,7 @@ def report(folder, confusions, samples, collection, probes, prediction, seconds=
     names = collection.names if results else [f"cluster {k}" for k in range(n_clusters)]
     palette = cluster_palette(range(len(names)), collection.palette)
     if results and unmatched:
-        names, palette = [*names, "others: no class"], np.append(palette, [[255] * 3], 0)
+        names, palette = [*names, "other colours: no class"], np.append(palette, [[255] * 3], 0)
     draw_panel(folder / "panel.png", columns, names, palette)
 
     summary = {"data": str(collection.root), "split": collection.split, "images": len(collection),
@@ -479,20 +481,24 @@ def table(results, prediction=None):
 
 
 def compare(folders):
-    """Prints a table for each group of runs whose folders differ in -seedN alone: mean ± standard deviation."""
+    """Prints a table for each group of runs, of the same data, whose folders differ in -seedN alone: mean ± deviation."""
     groups = {}
-    for folder in folders:
+    for folder in map(Path, folders):
+        if (folder / "config.json").is_file() and not (folder / "scores.json").exists():
+            print(f"{folder}: left out, it has not ended")
+            continue
         try:
-            summary = json.loads((Path(folder) / "scores.json").read_text())
+            summary = json.loads((folder / "scores.json").read_text())
             scored = {name: {score: float(result[score]) for score in ("miou", "accuracy")}
                       for name, result in summary["results"].items()}
-            group = re.sub(r"-seed\d+", "", str(folder)), str(summary["prediction"])
+            same = json.dumps([summary["prediction"], *(summary.get(key) for key in ("data", "split", "classes"))])
         except Exception as error:  # whatever it is that other files lead to
             raise InputError(f"--compare {folder}: not the folder of a finished run ({error!r:.200})") from error
-        groups.setdefault(group, []).append(scored)
-    for (name, prediction), runs in groups.items():
+        groups.setdefault((re.sub(r"-seed\d+", "", str(folder)), same), []).append(scored)
+    for (name, same), runs in groups.items():
         print(f"\n{name}, runs: {len(runs)}")
-        print(table({row: [run[row] for run in runs if row in run] for row in runs[0]}, prediction))
+        rows = dict.fromkeys(row for run in runs for row in run)
+        print(table({row: [run[row] for run in runs if row in run] for row in rows}, json.loads(same)[0]))
 
 
 def cluster_names(assignment, names, order):
@@ -517,12 +523,12 @@ def paint(ids, palette):
 
 @torch.no_grad()
 def predict(model, probe, image, size, crf=True):
-    """Clusters of one PIL image of any size, as (H, W) uint8 at its own size.
+    """Clusters of one PIL image of any size, as (H, W) uint8 at its own size. model: in eval mode.
 
     The network sees the whole image, its shorter side resized to `size` and the longer to at most four times that,
     both rounded to patches. CRF at that resolution, then the probabilities are upsampled.
     """
-    patch = model.backbone.patch_size
+    image, patch = image.convert("RGB"), model.backbone.patch_size
     scale = size / min(image.size)
     h, w = (data.round_to_patch(min(side * scale, 4 * size), patch) for side in (image.height, image.width))
     pixels = TF.pil_to_tensor(TF.resize(image, (h, w), data.RESIZE))
@@ -550,16 +556,19 @@ def predict_folder(model, probe, folder, out, size, palette, names, crf=True):
     folder, out = Path(folder), Path(out)
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"--out {out} lies inside {folder}: the next run would segment its pictures")
-    if out.is_dir() and any(out.iterdir()) and not (out / "clusters.json").is_file():
-        raise InputError(f"--out {out} holds other files, which could be replaced: give a folder for the results alone")
+    legend, legend_file = json.dumps({k: {"name": name, "color": palette[k].tolist()} for k, name in enumerate(names)},
+                                     indent=1), out / "clusters.json"
+    if out.is_dir() and any(out.iterdir()) and not (legend_file.is_file() and legend_file.read_text() == legend):
+        raise InputError(f"--out {out} holds other files, or results of another model: give a folder for these results alone")
     photos, thumbnails, bad = data.Directory(folder, None, n_classes=1), [], []
     targets = [out / path.relative_to(photos.folder).with_suffix(".png") for path in photos.images]
+    taken = {out / "panel.png", *(parent for target in targets for parent in target.parents)}
     for i, target in enumerate(targets):
-        if target in (out / "panel.png", *targets[:i]):
+        if target in taken:
             raise InputError(f"{photos.name(i)}: its result would replace another picture, {target}; rename it")
+        taken.add(target)
     out.mkdir(parents=True, exist_ok=True)
-    data.write_text(out / "clusters.json", json.dumps({k: {"name": name, "color": palette[k].tolist()}
-                                                       for k, name in enumerate(names)}, indent=1))
+    data.write_text(legend_file, legend)
     for i, target in enumerate(tqdm(targets, desc="predict", unit="image")):
         try:
             image = photos.image(i)
@@ -772,7 +781,8 @@ def draw_heatmaps(path, model, views, neighbors, n_images=5):
         images = torch.stack([views[j // n_views][0][j % n_views] for j in (i, neighbors[i, 0].item())])
         features = model.features(data.normalize(images.to(device)))
         image, neighbor = map(TF.to_pil_image, images)
-        x, y, r = image.width // 2, image.height // 2, max(3, image.width // 40)
+        (h, w), r = features.shape[2:], max(3, image.width // 40)
+        x, y = (w // 2 + 0.5) * image.width / w, (h // 2 + 0.5) * image.height / h  # the centre of the patch that is compared
         ImageDraw.Draw(image).ellipse((x - r, y - r, x + r, y + r), "white", "black", r // 3)
         row = [np.asarray(image), np.asarray(neighbor)]
         for maps in (features, model.head(features)):
@@ -896,7 +906,7 @@ def parse_args():
     parser.add_argument("--split", default="val", help="val (default) or train; dev of the scenes; unlabelled_train of potsdam")
     parser.add_argument("--clusters", choices=("refit", "online"), help="k-means on the finished codes, or the probe that was "
                         "trained beside the head (default: the former where there is one)")
-    for name in ("dataset", "data_root", "skip_bad", "eval_resolution"):
+    for name in ("dataset", "data_root", "num_classes", "skip_bad", "eval_resolution"):
         add_settings(parser, {name: ("as in training", *stego.EVERY_SETTING[name][1:])})
     add_settings(parser, {name: stego.EVERY_SETTING[name] for name in ("precision", "crf")})
     add_machine_options(parser)
@@ -944,10 +954,18 @@ def main():
             print(f"left out {data.listed(bad)}")
         return
     splits = ["train"] if args.correspondences else [args.split, "train"] if args.baseline else [args.split]
+    # Other images may have other classes, and of a training without labels it is the clusters that were counted.
+    tell = config["dataset"] != "directory" or (Path(config["data_root"] or "") / "classes.txt").is_file()
+    if "num_classes" not in args and tell and ("data_root" in args or not model.linear_probe):
+        config["num_classes"] = None
     collections = [data.load_collection(config["dataset"], config["data_root"], split, config["num_classes"])
                    for split in splits]
     data.check_files(collections, args.cache_dir, args.workers, config["skip_bad"])
     collection, train = collections[0], collections[-1]
+    if LINEAR in probes and (n_outputs(model.linear_probe) != collection.n_classes
+                             or config.get("classes", collection.names) != collection.names):
+        print("the linear probe is left out: it was taught other classes than those of these images")
+        del probes[LINEAR]
     folder = path.with_suffix("") if path.suffix == ".ckpt" else path.parent  # several of the authors' lie side by side
     out = Path(args.out or folder / f"eval-{splits[0]}")
     if args.baseline or args.correspondences:

@@ -441,7 +441,7 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
         loss_rand = loss_rand + correspondence_loss(f_a, f_b, s_a, s_b, shifts[2], **switches)[0].mean() / n_negatives
 
     terms = {"self": loss_self, "knn": loss_knn, "rand": loss_rand}
-    return sum(weight * term for weight, term in zip(lambdas, terms.values())), terms
+    return sum(weight * term for weight, term in zip(lambdas, terms.values(), strict=True)), terms
 
 
 # ---- Shifts without tuning: as many pairs attract as seem to show the same class ----

@@ -81,7 +81,8 @@ def run_folders(name, dataset, resume, seeds):
         return [Path("runs") / (f"{name}-seed{seed}" if len(seeds) > 1 else name) for seed in seeds]
 
     def begun(name):
-        return [folder for folder in folders(name) if (folder / "config.json").is_file()]
+        return [folder for folder in folders(name)
+                if (folder / "config.json").is_file() or (folder / "checkpoint.pt").is_file()]
 
     if not name:
         number = 1
@@ -105,7 +106,8 @@ def resumed_settings(path, given):
     different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items()
                  if config.get(key) != value and value != "auto"]  # which was found out at the start
     if different:
-        raise InputError(f"--resume: {path.parent} was started with other settings: {', '.join(different)}")
+        raise InputError(f"--resume: {path.parent} was started with other settings: {', '.join(different)}; for those "
+                         "give another --name, without --resume")
     return config
 
 
@@ -410,6 +412,8 @@ def main():
     given, options = parse_args()
     config = resolve(given)  # mistakes are told at once
     seeds = range(config["seed"], config["seed"] + options.seeds)
+    if seeds[-1] >= 2 ** 32:
+        raise InputError(f"--seed {config['seed']} and {options.seeds} --seeds go beyond {2 ** 32 - 1}: begin lower")
     data.join_processes()
     rank, world = data.process()
     name, folders = data.gathered(run_folders(options.name, config["dataset"], options.resume, seeds))[0]

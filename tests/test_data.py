@@ -151,6 +151,16 @@ def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
         data.Directory(folder, "train", 4)
 
 
+def test_labels_that_would_be_overlooked_are_named(folder):
+    for path in (folder / "labels/train").rglob("*.png"):
+        path.rename(path.with_suffix(".PNG"))
+    assert data.Directory(folder, "train", 4).has_labels
+    for path in (folder / "labels/train").rglob("*.PNG"):
+        path.rename(path.with_suffix(".tif"))
+    with pytest.raises(stego.InputError, match=r"a.tif: no label; they are .*labels/train/\*.png"):
+        data.Directory(folder, "train", 4)
+
+
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     save_image(tmp_path / "elsewhere/a.jpg")
     (tmp_path / "photos").mkdir()
@@ -355,7 +365,8 @@ def test_round_to_patch():
 @pytest.mark.parametrize("facet", ["token", "key"])
 def test_cached_features_equal_a_straight_pass(folder, backbone, crop, per_image, facet, tmp_path):
     train = data.Directory(folder, "train", 4)
-    features = data.extract_features(backbone, data.Views(train, 16, crop), facet, cache_dir=tmp_path / "cache", batch_size=2, workers=0)
+    features = data.extract_features(backbone, data.Views(train, 16, crop), facet, cache_dir=tmp_path / "cache", batch_size=2,
+                                     workers=0)
     assert features.maps.shape == (3 * per_image, 16, 2, 2) and features.maps.dtype == torch.float16
     for i in range(3):
         images, labels = data.Views(train, 16, crop)[i]
@@ -368,7 +379,8 @@ def test_cached_features_equal_a_straight_pass(folder, backbone, crop, per_image
 @pytest.mark.parametrize("crop", ["none", "five"])
 def test_live_features_are_those_of_the_cache_and_take_no_room(folder, backbone, crop, tmp_path):
     train = data.Directory(folder, "train", 4)
-    cached, live = (data.extract_features(backbone, data.Views(train, 16, crop), cache_dir=tmp_path / "cache", mode=mode, workers=1)
+    views = data.Views(train, 16, crop)
+    cached, live = (data.extract_features(backbone, views, cache_dir=tmp_path / "cache", mode=mode, workers=1)
                     for mode in ("cached", "live"))
     some = torch.tensor([2, 0, 2, 1])
     assert live.maps.shape == cached.maps.shape and len(live.maps) == len(cached.maps)

@@ -284,10 +284,11 @@ def test_photos_that_cannot_be_read_are_told_when_the_others_are_done(model, tmp
 
 
 @pytest.mark.parametrize("names, message", [(["a.jpg", "a.png"], "a.png: its result would replace another picture"),
-                                            (["panel.jpg"], "panel.jpg: its result would replace another picture")])
+                                            (["panel.jpg"], "panel.jpg: its result would replace another picture"),
+                                            (["a.webp", "a.png/b.jpg"], "a.webp: its result would replace another picture")])
 def test_no_result_replaces_another(names, message, model, tmp_path):
-    (tmp_path / "photos").mkdir()
     for name in names:
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 30)).save(tmp_path / "photos" / name)
     with pytest.raises(stego.InputError, match=message):
         predicted(model, tmp_path / "photos", tmp_path / "out")
@@ -302,6 +303,8 @@ def test_results_go_into_a_folder_of_their_own_where_they_may_replace_older_ones
         predicted(model, photo, photo.parent)
     for _ in range(2):
         assert predicted(model, photo, tmp_path / "out") == (1, [])
+    with pytest.raises(stego.InputError, match="results of another model"):
+        evaluate.predict_folder(model, model.refit_probe, photo, tmp_path / "out", 32, data.class_palette(5), list("vwxyz"))
 
 
 class Made:

@@ -75,7 +75,8 @@ def test_a_pickle_as_the_progress_of_an_extraction_is_refused(folder, backbone, 
 
 
 def test_neighbors_that_do_not_exist_are_refused(folder, backbone, tmp_path):
-    features = data.extract_features(backbone, data.Views(data.Directory(folder, "train", 4), 16), cache_dir=tmp_path, workers=0)
+    views = data.Views(data.Directory(folder, "train", 4), 16)
+    features = data.extract_features(backbone, views, cache_dir=tmp_path, workers=0)
     neighbors = data.cached_neighbors(features, 2).numpy()
     for wrong in (neighbors - 3, neighbors + 1):
         np.save(features.folder / "neighbors_2.npy", wrong)

@@ -144,8 +144,24 @@ def test_baselines_and_correspondences_of_a_checkpoint(workplace, monkeypatch, c
     results = json.loads((workplace / "runs/t/eval-val/scores.json").read_text())["results"]
     assert {"k-means on features", "k-means on PCA", "k-means on random projections", "linear probe on features",
             "k-means on codes"} < results.keys()
-    assert all(data.read_image(workplace / "runs/t/eval-train" / name).width > 300 for name in ("heatmaps.png", "precision_recall.png"))
+    assert all(data.read_image(workplace / "runs/t/eval-train" / name).width > 300
+               for name in ("heatmaps.png", "precision_recall.png"))
     assert out.count("average precision") == 3
+
+
+def test_a_linear_probe_of_other_classes_is_left_out_and_clusters_are_scored_by_theirs(workplace, monkeypatch, capsys):
+    train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", *SMALL)
+    for arguments in (["--data-root", "images"], ["--dataset", "scenes"]):
+        Path("images/classes.txt").write_text("a\nb\nc\nd\n")
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", "runs/t", "--no-crf", "--workers", "0",
+                                          "--eval-resolution", "32", *arguments])
+        if "scenes" in arguments:
+            monkeypatch.setattr(data.Scenes, "__len__", lambda self: 4)
+            monkeypatch.setattr(sys, "argv", [*sys.argv, "--num-classes", "9"])
+        train.evaluate.main()
+        assert "the linear probe is left out" in capsys.readouterr().out
+        scores = json.loads(Path("runs/t/eval-val/scores.json").read_text())
+        assert "linear probe" not in scores["results"] and len(scores["classes"]) == (9 if "scenes" in arguments else 4)
 
 
 def test_labels_to_train_alone_with_fewer_clusters_than_classes(workplace, monkeypatch):
@@ -280,6 +296,7 @@ def test_of_unknown_names_the_nearest_are_offered(arguments, message, workplace,
     (["--data-root", "images", *SMALL, "--resolution", "16", "--num-clusters", "49"], "--num-clusters 49 is more"),
     (["--data-root", "images/imgs/train/0.png", *SMALL], "--crop five"),
     (["--data-root", "images", "--dataset", "scenes"], "--dataset directory"),
+    (["--data-root", "images", *SMALL, "--seed", "4294967295", "--seeds", "2"], "begin lower"),
     (["--data-root", "images", *SMALL, "--same-class", "0.5", "0.4", "1"], "--same-class"),
     (["--data-root", "images", *SMALL, "--same-class", "0.5", "0.4", "0.1", "--b-knn", "0.3"], "leave --b-self"),
     (["--data-root", "images", *SMALL, "--device", "abacus"], "abacus"),
@@ -414,6 +431,9 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(workplace,
         train_here(monkeypatch, "--data-root", "images", "--name", "t", *SMALL)
     with pytest.raises(stego.InputError, match="code_dim 6 instead of 5, lr 0.1 instead of 0.0005"):
         train_here(monkeypatch, "--resume", "--name", "t", "--code-dim", "6", "--steps", "12", "--lr", "0.1")
+    Path("runs/t/config.json").unlink()  # the checkpoint alone was kept
+    with pytest.raises(stego.InputError, match="holds a run already"):
+        train_here(monkeypatch, "--data-root", "images", "--name", "t", *SMALL)
 
 
 def test_a_run_is_resumed_by_the_command_that_began_it(workplace, monkeypatch, capsys):
