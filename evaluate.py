@@ -558,7 +558,7 @@ def predict_folder(model, probe, folder, out, size, palette, names, crf=True):
         raise InputError(f"--out {out} lies inside {folder}: the next run would segment its pictures")
     legend, legend_file = json.dumps({k: {"name": name, "color": palette[k].tolist()} for k, name in enumerate(names)},
                                      indent=1), out / "clusters.json"
-    if out.is_dir() and any(out.iterdir()) and not (legend_file.is_file() and legend_file.read_text() == legend):
+    if out.is_dir() and any(out.iterdir()) and not (legend_file.is_file() and legend_file.read_bytes() == legend.encode()):
         raise InputError(f"--out {out} holds other files, or results of another model: give a folder for these results alone")
     photos, thumbnails, bad = data.Directory(folder, None, n_classes=1), [], []
     targets = [out / path.relative_to(photos.folder).with_suffix(".png") for path in photos.images]

@@ -318,6 +318,7 @@ def checkpoints(folder):
     write_authors_checkpoint(folder / "theirs.ckpt", authors_weights(width=8)[0], dataset_name="directory", res=8)
 
     def read(path):
+        shutil.rmtree("out", ignore_errors=True)
         main(evaluate, f"--checkpoint {path} --predict imgs/0.png --out out --eval-resolution 8 --no-crf --device cpu "
              "--workers 0")
     return read
