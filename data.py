@@ -427,9 +427,10 @@ def class_palette(n):
                (120, 250, 250), (40, 80, 80), (150, 250, 120), (0, 0, 250), (235, 180, 180),
                (40, 40, 80), (210, 0, 180), (150, 150, 80), (150, 20, 40), (130, 130, 130)]
     grid = np.array(list(itertools.product(range(0, 256, 42), repeat=3)))
+    apart = np.abs(grid[:, None] - [*colours, (0, 0, 0), (255, 255, 255)]).sum(2).min(1)
     while len(colours) < n:  # then always the one that is farthest from all there are
-        apart = np.abs(grid[:, None] - [*colours, (0, 0, 0), (255, 255, 255)]).sum(2).min(1)
         colours.append(tuple(grid[apart.argmax()]))
+        apart = np.minimum(apart, np.abs(grid - colours[-1]).sum(1))
     return np.array(colours[:n], np.uint8)
 
 

@@ -556,8 +556,8 @@ def predict_folder(model, probe, folder, out, size, palette, names, crf=True):
     folder, out = Path(folder), Path(out)
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"--out {out} lies inside {folder}: the next run would segment its pictures")
-    legend, legend_file = json.dumps({k: {"name": name, "color": palette[k].tolist()} for k, name in enumerate(names)},
-                                     indent=1), out / "clusters.json"
+    legend = json.dumps({k: {"name": name, "color": palette[k].tolist()} for k, name in enumerate(names)}, indent=1)
+    legend_file = out / "clusters.json"
     if out.is_dir() and any(out.iterdir()) and not (legend_file.is_file() and legend_file.read_bytes() == legend.encode()):
         raise InputError(f"--out {out} holds other files, or results of another model: give a folder for these results alone")
     photos, thumbnails, bad = data.Directory(folder, None, n_classes=1), [], []
@@ -906,8 +906,8 @@ def parse_args():
     parser.add_argument("--split", default="val", help="val (default) or train; dev of the scenes; unlabelled_train of potsdam")
     parser.add_argument("--clusters", choices=("refit", "online"), help="k-means on the finished codes, or the probe that was "
                         "trained beside the head (default: the former where there is one)")
-    for name in ("dataset", "data_root", "num_classes", "skip_bad", "eval_resolution"):
-        add_settings(parser, {name: ("as in training", *stego.EVERY_SETTING[name][1:])})
+    add_settings(parser, {name: ("as in training", *stego.EVERY_SETTING[name][1:])
+                          for name in ("dataset", "data_root", "num_classes", "skip_bad", "eval_resolution")})
     add_settings(parser, {name: stego.EVERY_SETTING[name] for name in ("precision", "crf")})
     add_machine_options(parser)
     args = parser.parse_args()

@@ -716,9 +716,10 @@ def load_checkpoint(path, device="cpu"):
     try:
         if "hyper_parameters" in saved:
             saved = from_authors(saved)
-        if (saved["format"] != "stego 1" or saved["facet"] not in ("token", "key") or not isinstance(saved["config"], dict)
-                or saved["num_heads"] not in (None, *range(1, 1000)) or saved["dropout"] not in Number(float, 0, 1)):
+        if (saved["format"] != "stego 1" or not isinstance(saved["config"], dict)
+                or saved["num_heads"] not in (None, *range(1, 1000))):
             raise KeyError("format")
+        check_settings({"facet": saved["facet"], "dropout": saved["dropout"]}, path)
         state = saved["model"]
         check_weights(state, path)
         backbone = vit_from_state_dict({key.removeprefix("backbone."): value for key, value in state.items()

@@ -74,24 +74,26 @@ def resolve(given):
     return config
 
 
+def begun(folder):
+    """Whether a run began in this folder, or its checkpoint was put there."""
+    return (folder / "config.json").is_file() or (folder / "checkpoint.pt").is_file()
+
+
 def run_folders(name, dataset, resume, seeds):
     """(name, folders): runs/<name>, or runs/<name>-seed<seed> for each of several seeds. Without a name it is the data set's
     with the first number that is free, or to resume the last that is not. Raises InputError where they cannot be begun."""
     def folders(name):
         return [Path("runs") / (f"{name}-seed{seed}" if len(seeds) > 1 else name) for seed in seeds]
 
-    def begun(name):
-        return [folder for folder in folders(name)
-                if (folder / "config.json").is_file() or (folder / "checkpoint.pt").is_file()]
-
     if not name:
         number = 1
-        while begun(f"{dataset}-{number}"):
+        while any(map(begun, folders(f"{dataset}-{number}"))):
             number += 1
         name = f"{dataset}-{max(1, number - resume)}"
-    if begun(name) and not resume:
-        raise InputError(f"{begun(name)[0]} holds a run already: add --resume to go on with it, or give another --name")
-    if resume and not begun(name):
+    taken = list(filter(begun, folders(name)))
+    if taken and not resume:
+        raise InputError(f"{taken[0]} holds a run already: add --resume to go on with it, or give another --name")
+    if resume and not taken:
         raise InputError(f"--resume: there is no run in {folders(name)[0]}; give its --name, and --seeds if it has several")
     return name, folders(name)
 
@@ -100,8 +102,8 @@ def resumed_settings(path, given):
     """The settings of a run that was stopped, from its config.json. Raises InputError where others were `given`."""
     try:
         config = {**stego.DEFAULTS, **json.loads(path.read_text())}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: damaged ({error}); start another run") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: missing or damaged ({error}); start another run") from error
     stego.check_settings(config, path)
     different = [f"{key} {value} instead of {config.get(key)}" for key, value in given.items()
                  if config.get(key) != value and value != "auto"]  # which was found out at the start
@@ -412,21 +414,21 @@ def main():
     given, options = parse_args()
     config = resolve(given)  # mistakes are told at once
     seeds = range(config["seed"], config["seed"] + options.seeds)
-    if seeds[-1] >= 2 ** 32:
-        raise InputError(f"--seed {config['seed']} and {options.seeds} --seeds go beyond {2 ** 32 - 1}: begin lower")
+    if seeds[-1] not in (allowed := stego.EVERY_SETTING["seed"][1]):
+        raise InputError(f"--seed {config['seed']} and {options.seeds} --seeds go beyond {allowed.high - 1}: begin lower")
     data.join_processes()
     rank, world = data.process()
     name, folders = data.gathered(run_folders(options.name, config["dataset"], options.resume, seeds))[0]
-    begun = data.gathered([folder for folder in folders if (folder / "config.json").is_file()])[0]
-    if 0 < len(begun) < len(folders):  # the seeds that were not begun should be like those that were
+    resumed = data.gathered(list(filter(begun, folders)))[0]
+    if 0 < len(resumed) < len(folders):  # the seeds that were not begun should be like those that were
         known = {key: value for key, value in config.items() if value is not None and key not in ("seed", "batch_size")}
-        resumed_settings(begun[0] / "config.json", known)
+        resumed_settings(resumed[0] / "config.json", known)
     try:
         with contextlib.ExitStack() as held:
             for folder, seed in zip(folders, seeds):
-                run({**given, "seed": seed} if len(seeds) > 1 else given, options, folder, folder in begun, held)
+                run({**given, "seed": seed} if len(seeds) > 1 else given, options, folder, folder in resumed, held)
     except KeyboardInterrupt as interruption:
-        if not any((folder / "config.json").is_file() for folder in folders):
+        if not any(map(begun, folders)):
             raise
         words = [*sys.argv, *([] if "--name" in sys.argv else ["--name", name]),
                  *([] if "--resume" in sys.argv else ["--resume"])]

@@ -149,19 +149,19 @@ def test_baselines_and_correspondences_of_a_checkpoint(workplace, monkeypatch, c
     assert out.count("average precision") == 3
 
 
-def test_a_linear_probe_of_other_classes_is_left_out_and_clusters_are_scored_by_theirs(workplace, monkeypatch, capsys):
+@pytest.mark.parametrize("arguments, n_classes", [
+    (["--data-root", "images"], 4), (["--dataset", "scenes", "--num-classes", "9"], 9)])
+def test_a_linear_probe_of_other_classes_is_left_out_and_clusters_are_scored_by_theirs(
+        arguments, n_classes, workplace, monkeypatch, capsys):
     train_here(monkeypatch, "--data-root", "images", "--name", "t", "--no-crf", *SMALL)
-    for arguments in (["--data-root", "images"], ["--dataset", "scenes"]):
-        Path("images/classes.txt").write_text("a\nb\nc\nd\n")
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", "runs/t", "--no-crf", "--workers", "0",
-                                          "--eval-resolution", "32", *arguments])
-        if "scenes" in arguments:
-            monkeypatch.setattr(data.Scenes, "__len__", lambda self: 4)
-            monkeypatch.setattr(sys, "argv", [*sys.argv, "--num-classes", "9"])
-        train.evaluate.main()
-        assert "the linear probe is left out" in capsys.readouterr().out
-        scores = json.loads(Path("runs/t/eval-val/scores.json").read_text())
-        assert "linear probe" not in scores["results"] and len(scores["classes"]) == (9 if "scenes" in arguments else 4)
+    Path("images/classes.txt").write_text("a\nb\nc\nd\n")
+    monkeypatch.setattr(data.Scenes, "__len__", lambda self: 4)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", "runs/t", "--no-crf", "--workers", "0",
+                                      "--eval-resolution", "32", *arguments])
+    train.evaluate.main()
+    assert "the linear probe is left out" in capsys.readouterr().out
+    scores = json.loads(Path("runs/t/eval-val/scores.json").read_text())
+    assert "linear probe" not in scores["results"] and len(scores["classes"]) == n_classes
 
 
 def test_labels_to_train_alone_with_fewer_clusters_than_classes(workplace, monkeypatch):
@@ -434,6 +434,8 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(workplace,
     Path("runs/t/config.json").unlink()  # the checkpoint alone was kept
     with pytest.raises(stego.InputError, match="holds a run already"):
         train_here(monkeypatch, "--data-root", "images", "--name", "t", *SMALL)
+    with pytest.raises(stego.InputError, match="config.json: missing .*start another run"):
+        train_here(monkeypatch, "--data-root", "images", "--name", "t", *SMALL, "--resume")
 
 
 def test_a_run_is_resumed_by_the_command_that_began_it(workplace, monkeypatch, capsys):
