@@ -1,31 +1,24 @@
 """Makes the scripts importable and the tests repeatable; what several files of tests share."""
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on busy cores the threads of tiny tensors wait for each other
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 import data
 import stego
 import train
 
-ROOT = Path(__file__).parents[1]
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1, "image_size": 32}  # of the workplace
-SMALL = ["--num-classes", "3", "--backbone", "vit.pth", "--resolution", "32", "--eval-resolution", "32", "--code-dim", "5",
-         "--batch-size", "4", "--steps", "12", "--checkpoint-every", "4", "--log-every", "4", "--device", "cpu",
-         "--workers", "1"]
-
-
-def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="the kills and the fuzzing in their long form, minutes each")
-
-
-@pytest.fixture
-def long(request):
-    return request.config.getoption("--long")
+SMALL = ["--num-classes", "3", "--backbone", "vit.pth", "--resolution", "32", "--eval-resolution", "32",
+         "--code-dim", "5", "--batch-size", "4", "--steps", "12", "--device", "cpu", "--workers", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +28,12 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Nothing is written into the checkout: what a test leaves out, like --cache-dir, is below its own folder."""
+    """Nothing is written into the checkout: caches and runs are below the test's own folder."""
     monkeypatch.chdir(tmp_path)
 
 
 def save_image(path, width=40, height=30, mode="RGB", seed=0):
+    """Saves random pixels, (height, width, 3), and returns them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(pixels).convert(mode).save(path)
@@ -62,30 +56,33 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def backbone():
-    torch.manual_seed(5)
-    vit = stego.VisionTransformer(8, 16, 2, 2, image_size=16)
+def random_vit(seed, **shape):
+    """A frozen VisionTransformer whose weights are large enough for lively features."""
+    torch.manual_seed(seed)
+    vit = stego.VisionTransformer(**shape)
     for parameter in vit.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return vit.eval().requires_grad_(False)
 
 
 @pytest.fixture
-def workplace(tmp_path):
-    """A folder with 12 labelled training images, 2 to evaluate, and the weights of a tiny ViT; the current folder."""
-    torch.manual_seed(3)
-    vit = stego.VisionTransformer(**VIT)
-    for parameter in vit.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    torch.save(vit.state_dict(), "vit.pth")
+def backbone():
+    return random_vit(5, patch_size=8, embed_dim=16, depth=2, num_heads=2, image_size=16)
+
+
+def fill_workplace(path):
+    torch.save(random_vit(3, **VIT).state_dict(), path / "vit.pth")
     for split, n in (("train", 12), ("val", 2)):
         for i in range(n):
             ids = np.random.default_rng(i).integers(0, 3, (4, 6)).repeat(10, 0).repeat(10, 1).astype(np.uint8)
-            for kind, pixels in (("imgs", data.class_palette(3)[ids]), ("labels", ids)):
-                folder = tmp_path / "images" / kind / split
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
+            save_label(path / f"images/imgs/{split}/{i}.png", data.class_palette(3)[ids])
+            save_label(path / f"images/labels/{split}/{i}.png", ids)
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """images/ with 12 labelled training images, 2 to evaluate, and the weights of a tiny ViT, vit.pth."""
+    fill_workplace(tmp_path)
     return tmp_path
 
 

@@ -1,388 +1,520 @@
-"""evaluate.py: matching, scores, k-means, probabilities, prediction of photos, pictures."""
+"""evaluate.py: scores, k-means, correspondences, prediction, reports, pictures, its command line."""
 import itertools
 import json
-import os
-from concurrent.futures.process import BrokenProcessPool
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+import torch.nn.functional as nnf
+from conftest import ROOT, SMALL, fill_workplace, save_image, save_label, train_here
 from PIL import Image
 
 import data
 import evaluate
 import stego
+from crf import dense_crf
+from evaluate import CRF, LINEAR, ONLINE, RAW, REFIT
 
 GOLDEN = np.load(ROOT / "tests/golden_stego.npz")
+TERMS = "self", "knn", "rand"
 
 
-# ---- confusion matrix, Hungarian matching, scores ----
+# ---- confusion matrix, matching, scores ----
 
 def test_confusion_matrix_equals_a_slow_count_and_leaves_void_out():
-    pred, label = torch.randint(0, 5, (3, 8, 8)), torch.randint(-1, 5, (3, 8, 8))
+    pred, label = torch.randint(0, 30, (3, 8, 8)).byte(), torch.randint(-1, 28, (3, 8, 8))
     label[0, 0, :3] = 255
-    expected = np.zeros((5, 4), int)
+    expected = np.zeros((30, 27), int)
     for p, c in zip(pred.flatten().tolist(), label.flatten().tolist()):
-        if 0 <= c < 4:
-            expected[p, c] += 1
-    counts = evaluate.confusion_matrix(pred, label, 5, 4)
-    assert counts.dtype == torch.int64 and np.array_equal(counts, expected)
+        if 0 <= c < 27:
+            expected[p, c] += 1  # 30 x 27 is more than a byte holds
+    assert evaluate.confusion_matrix(pred, label, 30, 27).tolist() == expected.tolist()
+    for pred, label in ((torch.zeros(3), torch.zeros(4)), ([7], [0]), ([-1], [0])):
+        with pytest.raises(ValueError):
+            evaluate.confusion_matrix(pred, label, 3, 3)
 
 
-def test_confusion_matrix_of_uint8_maps_does_not_overflow():
-    counts = evaluate.confusion_matrix(torch.full((4, 4), 25, dtype=torch.uint8), np.full((4, 4), 26, np.uint8), 27, 27)
-    assert counts[25, 26] == 16 and counts.sum() == 16
-
-
-@pytest.mark.parametrize("pred, label", [(torch.zeros(3), torch.zeros(4)), (torch.tensor([7]), torch.tensor([0])),
-                                         (torch.tensor([-1]), torch.tensor([0]))])
-def test_confusion_matrix_refuses_what_it_cannot_count(pred, label):
-    with pytest.raises(ValueError):
-        evaluate.confusion_matrix(pred, label, 3, 3)
-
-
-def total(score, assignment):
-    return sum(score[k, c] for k, c in enumerate(assignment) if c >= 0)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (4, 4), (6, 6), (3, 6), (6, 3), (1, 5), (5, 1)])
-def test_hungarian_equals_brute_force(shape):
+@pytest.mark.parametrize("n, m", [(1, 1), (4, 4), (6, 6), (3, 6), (6, 3), (1, 5), (5, 1)])
+def test_hungarian_equals_brute_force(n, m):
     generator = np.random.default_rng(0)
-    for trial in range(20):
-        score = generator.integers(0, 10, shape) if trial % 2 else generator.normal(size=shape)  # with and without ties
-        n, m = shape
-        if n <= m:
-            best = max(sum(score[k, c] for k, c in enumerate(p)) for p in itertools.permutations(range(m), n))
-        else:
-            best = max(sum(score[k, c] for c, k in enumerate(p)) for p in itertools.permutations(range(n), m))
+    for trial in range(20):  # with many ties, and with negative numbers
+        score = generator.integers(0, 4, (n, m)) if trial % 2 else generator.normal(-1, 2, (n, m))
+        rows, columns = range(n), range(m)
+        pairings = ([zip(rows, p) for p in itertools.permutations(columns, n)] if n <= m else
+                    [zip(p, columns) for p in itertools.permutations(rows, m)])
+        best = max(sum(score[k, c] for k, c in pairing) for pairing in pairings)
         assignment = evaluate.hungarian(score)
-        used = assignment[assignment >= 0]
-        assert len(assignment) == n and len(used) == len(set(used.tolist())) == min(n, m)
-        assert total(score, assignment) == pytest.approx(best)
-
-
-def test_hungarian_equals_scipy_on_large_matrices():
-    optimize = pytest.importorskip("scipy.optimize")
-    for shape in ((27, 27), (60, 40), (40, 60)):
-        score = np.random.default_rng(1).integers(0, 10 ** 9, shape)
-        assert total(score, evaluate.hungarian(score)) == score[optimize.linear_sum_assignment(score, maximize=True)].sum()
-
-
-def test_hungarian_refuses_nan():
+        matched = [(k, c) for k, c in enumerate(assignment) if c >= 0]
+        assert len(assignment) == n and len({c for _, c in matched}) == len(matched) == min(n, m)
+        assert sum(score[pair] for pair in matched) == pytest.approx(best)
     with pytest.raises(ValueError, match="finite"):
-        evaluate.hungarian([[np.nan, 1.0], [0.0, 1.0]])
+        evaluate.hungarian([[np.nan, 1.0]])
 
 
-def test_matched_scores_equal_golden():
-    counts = evaluate.confusion_matrix(GOLDEN["metrics0_pred"], GOLDEN["metrics0_label"], 7, 7)
-    assignment = evaluate.hungarian(counts)
-    assert assignment.tolist() == GOLDEN["metrics0_assignment"].tolist()
-    result = evaluate.scores(counts, assignment)
-    assert result["miou"] == pytest.approx(float(GOLDEN["metrics0_miou"]), abs=1e-5)
-    assert result["accuracy"] == pytest.approx(float(GOLDEN["metrics0_acc"]), abs=1e-5)
-
-
-def test_linear_scores_equal_golden():
-    result = evaluate.scores(evaluate.confusion_matrix(GOLDEN["linear_pred"], GOLDEN["linear_label"], 7, 7), np.arange(7))
-    assert result["miou"] == pytest.approx(float(GOLDEN["linear_miou"]), abs=1e-5)
-    assert result["accuracy"] == pytest.approx(float(GOLDEN["linear_acc"]), abs=1e-5)
-
-
-def test_pixels_of_an_unmatched_cluster_are_errors():
-    counts = np.array([[6, 0], [0, 6], [2, 2]])
-    result = evaluate.scores(counts, evaluate.hungarian(counts))
-    assert result["accuracy"] == pytest.approx(100 * 12 / 16)
-    assert result["iou"] == pytest.approx([75.0, 75.0])
-
-
-def test_a_class_that_never_occurs_is_not_in_the_mean():
-    result = evaluate.scores(np.array([[5, 0, 0], [5, 10, 0], [0, 0, 0]]), np.arange(3))
-    assert result["iou"][:2] == pytest.approx([50.0, 200 / 3]) and np.isnan(result["iou"][2])
-    assert result["miou"] == pytest.approx((50 + 200 / 3) / 2)
+@pytest.mark.parametrize("name", ["metrics0", "linear"])
+def test_scores_equal_golden(name):
+    counts = evaluate.confusion_matrix(GOLDEN[f"{name}_pred"], GOLDEN[f"{name}_label"], 7, 7)
+    assignment = evaluate.hungarian(counts) if name == "metrics0" else np.arange(7)
+    found = evaluate.scores(counts, assignment)
+    assert found["miou"] == pytest.approx(float(GOLDEN[f"{name}_miou"]), abs=1e-5)
+    assert found["accuracy"] == pytest.approx(float(GOLDEN[f"{name}_acc"]), abs=1e-5)
+    assert name == "linear" or assignment.tolist() == GOLDEN["metrics0_assignment"].tolist()
 
 
 @pytest.mark.filterwarnings("error")
-def test_without_a_labelled_pixel_there_is_no_score_and_no_warning():
-    assert np.isnan(evaluate.scores(np.zeros((2, 2)), np.arange(2))["miou"])
+def test_unmatched_clusters_are_errors_and_classes_that_never_occur_do_not_count():
+    counts = np.array([[6, 0], [2, 2], [0, 6]])
+    found = evaluate.scores(counts, evaluate.hungarian(counts))
+    assert found["accuracy"] == pytest.approx(100 * 12 / 16) and found["iou"] == pytest.approx([75.0, 75.0])
+    found = evaluate.scores(np.array([[5, 0, 0], [5, 10, 0], [0, 0, 0]]), np.arange(3))
+    assert found["iou"] == pytest.approx([50.0, 200 / 3, np.nan], nan_ok=True)
+    assert found["miou"] == pytest.approx((50 + 200 / 3) / 2)
+    found = evaluate.scores(np.zeros((2, 2)), np.arange(2))  # without a labelled pixel
+    assert np.isnan(found["miou"]) and np.isnan(found["accuracy"])
 
 
 # ---- k-means ----
 
-def blobs(n=300):
-    centers = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)
-    labels = torch.arange(n) % 4
-    return (centers[labels] + 0.05 * torch.randn(n, 8)) * (0.1 + 5 * torch.rand(n, 1)), labels  # lengths must not matter
-
-
-def test_kmeans_finds_separated_directions():
-    codes, labels = blobs()
-    centroids = evaluate.kmeans(codes, 4, restarts=3, seed=0)
+def test_kmeans_finds_separated_directions_whatever_the_lengths():
+    labels = torch.arange(300) % 4
+    codes = nnf.normalize(torch.randn(4, 8), dim=1)[labels] + 0.05 * torch.randn(300, 8)
+    centroids = evaluate.kmeans(codes * (0.1 + 5 * torch.rand(300, 1)), 4, restarts=3)
     torch.testing.assert_close(centroids.norm(dim=1), torch.ones(4))
     counts = evaluate.confusion_matrix((codes @ centroids.T).argmax(1), labels, 4, 4)
     assert evaluate.scores(counts, evaluate.hungarian(counts))["accuracy"] == 100
 
 
-def test_kmeans_is_deterministic_per_seed_and_more_restarts_are_never_worse():
-    codes = torch.randn(400, 6)
-    def objective(centroids):
-        return (torch.nn.functional.normalize(codes, dim=1) @ centroids.T).amax(1).mean()
-    assert torch.equal(evaluate.kmeans(codes, 9, 2, seed=3), evaluate.kmeans(codes, 9, 2, seed=3))
-    assert objective(evaluate.kmeans(codes, 9, 8, seed=3)) >= objective(evaluate.kmeans(codes, 9, 1, seed=3))
+def test_kmeans_is_the_best_of_its_restarts_and_a_function_of_the_seed():
+    codes = nnf.normalize(torch.randn(400, 6), dim=1)
+    def objective(restarts, seed=3):
+        return (codes @ evaluate.kmeans(codes, 9, restarts, seed).T).amax(1).mean().item()
+    assert torch.equal(evaluate.kmeans(codes, 9, 2, 3), evaluate.kmeans(codes, 9, 2, 3))
+    assert objective(8) > max(objective(1), objective(2)) and objective(1) != objective(1, seed=4)
 
 
-def test_kmeans_fills_every_cluster_and_survives_identical_codes():
+def test_kmeans_leaves_no_cluster_empty_where_it_can():
     codes = torch.cat([torch.ones(50, 3), torch.randn(6, 3)])
-    nearest = (torch.nn.functional.normalize(codes, dim=1) @ evaluate.kmeans(codes, 6, 3, seed=0).T).argmax(1)
+    nearest = (nnf.normalize(codes, dim=1) @ evaluate.kmeans(codes, 6, 3).T).argmax(1)
     assert len(nearest.unique()) == 6
-    assert torch.isfinite(evaluate.kmeans(torch.ones(20, 3), 4, 2, seed=0)).all()
-    with pytest.raises(ValueError, match="clusters"):
-        evaluate.kmeans(codes, 57)
+    torch.testing.assert_close(evaluate.kmeans(torch.ones(20, 3), 4, 2), torch.full((4, 3), 3 ** -0.5))
+    for n_clusters, restarts in ((57, 1), (0, 1), (2, 0)):
+        with pytest.raises(ValueError, match="clusters"):
+            evaluate.kmeans(codes, n_clusters, restarts)
 
 
-def test_sampled_positions_are_positions_of_the_maps():
-    maps = torch.randn(10, 3, 4, 5).half()
+def test_the_rate_of_random_pairs_is_that_of_uneven_classes():
+    """Classes of 60, 30 and 10 %: even ones would have 0.33, and k-means would split the largest."""
+    directions = nnf.normalize(torch.randn(3, 16), dim=1)
+    classes = torch.tensor([0] * 6 + [1] * 3 + [2]).repeat(300)
+    vectors = directions[classes] + 0.15 * torch.randn(len(classes), 16)
+    rate = evaluate.random_pair_rate(7 * vectors, 3)
+    assert rate == pytest.approx(0.36 + 0.09 + 0.01, abs=0.02)
+    assert rate == evaluate.random_pair_rate(vectors, 3)
+
+
+def test_centroids_that_nearly_coincide_become_one():
+    apart = torch.eye(4)[:3]
+    near = nnf.normalize(torch.stack([apart[0] + 0.2 * apart[1], apart[0] - 0.2 * apart[1], apart[2]]), dim=1)
+    merged = evaluate.merge_near(torch.cat([apart, near]))
+    assert len(merged) == 3 and (merged @ apart.T).amax(1).min() > 0.999
+    assert torch.allclose(evaluate.merge_near(apart), apart)
+
+
+def test_sampled_positions_are_different_positions_of_the_maps():
+    maps = torch.arange(10 * 4 * 5.0).reshape(10, 1, 4, 5).repeat(1, 3, 1, 1)
     points = evaluate.sample_positions(maps, n_points=60)
-    everything = {tuple(v) for v in maps.float().permute(0, 2, 3, 1).reshape(-1, 3).tolist()}
-    assert len(points) == 60 and len({tuple(v) for v in points.tolist()} & everything) == 60
+    assert points.shape == (60, 3) and len(points[:, 0].unique()) == 60
+    assert torch.equal(points[:, 0].long() // 20, torch.arange(10).repeat_interleave(6))  # 6 of each map
 
 
-# ---- probabilities and prediction ----
-
-@pytest.fixture
-def model():
-    torch.manual_seed(2)
-    vit = stego.VisionTransformer(8, 16, 1, 1, image_size=32)
-    model = stego.Stego(vit, 6, 5, n_classes=3).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.refit_probe = stego.ClusterProbe(6, 5)
-    return model
-
-
-def test_baselines_of_fewer_points_than_code_dimensions():
-    features = data.Features(torch.randn(2, 16, 2, 2).half(), None, None, None)
-    probes = evaluate.baseline_probes(features, 10, 3, None, steps=1, seed=0, device="cpu")
-    assert probes["k-means on PCA"][0].centroids.shape == (3, 8) and len(probes) == 3
-
-
-# ---- correspondences ----
+# ---- correspondences and health ----
 
 def test_correspondences_know_the_classes_of_their_points():
-    """Maps whose channel is the class, left of an edge one and right of it another, 16 pixels a patch."""
-    classes = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 3]]).repeat_interleave(8, 1)[:, None].repeat(1, 16, 1)  # (4, 16, 16)
-    maps = torch.nn.functional.one_hot(classes, 4).permute(0, 3, 1, 2).half()
+    """The channel of the maps is the class, one left of an edge and one right of it; 16 pixels a patch."""
+    classes = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 3]])[:, [0] * 2 + [1] * 14, None].mT.repeat(1, 16, 1)
+    maps = nnf.one_hot(classes, 4).permute(0, 3, 1, 2).half()  # (4, 4, 16, 16)
     labels = classes.repeat_interleave(16, 1).repeat_interleave(16, 2).byte()
     labels[labels == 3] = data.VOID
     features, neighbors = data.Features(maps, None, labels, None), torch.tensor([[1], [2], [3], [0]])
-    found = evaluate.correspondences(features, neighbors, torch.nn.Identity(), False, "cpu")
+    def pairs(**options):
+        return evaluate.correspondences(features, neighbors, lambda maps: -maps, "cpu", **options)
+    found, shares = pairs(), []
     for F, S, same in found.values():
-        assert F.shape == S.shape == same.shape and torch.equal(F, S)
+        assert len(F) == len(same) == 10 * 4 * 121 ** 2 and torch.equal(F, S)
         assert 0.1 < (same == -1).float().mean() < 0.5  # pairs with a void point
-        assert ((F > 0.5) == same)[same >= 0].float().mean() > 0.97  # but for points right at an edge
-    found = evaluate.correspondences(features._replace(labels=None), neighbors, torch.nn.Identity(), True, "cpu", n_batches=1)
-    assert all(same is None and len(F) == 4 * 121 ** 2 for F, _, same in found.values())
+        assert ((F > 0.5 ** 0.5) == same)[same >= 0].float().mean() > 0.99  # but for points right at an edge
+        shares.append(same[same >= 0].float().mean())
+    assert [*found] == [*TERMS] and shares[0] > 0.8 > 0.2 > shares[1] > 0.05
+    assert pairs(dropout=0.5)["self"][0].mean() < found["self"][0].mean() - 0.05
+    features = features._replace(labels=None)
+    for F, _, same in pairs(center=True, n_batches=1).values():
+        assert (same == -1).all() and F.reshape(4 * 121, 121).mean(1).std() < 1e-4
 
 
-def test_average_precision_equals_a_slow_loop():
+def test_precision_and_recall_equal_a_slow_loop():
     similarity, same = torch.rand(40), (torch.rand(40) < 0.3).char()
-    order = similarity.argsort(descending=True).tolist()
-    precisions = [same[order[:i + 1]].float().mean().item() for i in range(40) if same[order[i]]]
-    with_void = torch.cat([similarity, torch.ones(9)]), torch.cat([same, torch.full((9,), -1, dtype=torch.int8)])
-    recall, precision, average = evaluate.precision_recall(*with_void, n_points=40)
-    assert average == pytest.approx(np.mean(precisions)) and recall[-1] == 1
-    assert precision[-1] == pytest.approx(same.float().mean().item())
-    assert evaluate.precision_recall(similarity, torch.full((40,), -1)) == ([], [], 0.0)  # no pair is labelled
+    ranked = same[similarity.argsort(descending=True)].tolist()
+    precision = [sum(ranked[:i + 1]) / (i + 1) for i in range(40)]
+    with_void = torch.cat([similarity, torch.ones(9)]), torch.cat([same, -torch.ones(9).char()])
+    recall, found, average = evaluate.precision_recall(*with_void, n_points=40)
+    assert found == pytest.approx(precision)
+    assert recall == pytest.approx([sum(ranked[:i + 1]) / sum(ranked) for i in range(40)])
+    assert average == pytest.approx(np.mean([precision[i] for i in range(40) if ranked[i]]))
+    assert evaluate.precision_recall(similarity, torch.zeros(40).char())[2] == 0
 
 
 def test_health_tells_collapsed_and_scattered_codes_from_good_ones():
-    torch.manual_seed(0)
-    pairs = {term: (torch.linspace(-1, 1, 101), None, None) for term in ("self", "knn", "rand")}
-
     def health(codes):
-        return evaluate.diagnose(codes, evaluate.fitted_probe(codes, 4, seed=0), pairs, [0.0, 0.5, 0.9])
-
-    good = torch.eye(8)[:4].repeat(50, 1) + 0.05 * torch.randn(200, 8)
-    found, wrong = health(good)
-    assert not wrong and 3.5 < found["effective_rank"] < 5 and found["largest_cluster"] == 0.25 and found["compactness"] > 0.95
-    assert [found[f"attract_{term}"] for term in pairs] == pytest.approx([0.5, 0.25, 0.05], abs=0.01)
+        probe = stego.ClusterProbe(codes.shape[1], 4)
+        probe.centroids.data = evaluate.kmeans(codes, 4)
+        clusters = (codes @ probe.centroids.T).argmax(1).reshape(4, 5, 10)  # of four views
+        return evaluate.diagnose(codes, probe, clusters)
+    codes = torch.eye(8)[:4].repeat(50, 1) + 0.05 * torch.randn(200, 8)
+    found, warnings = health(codes)
+    assert not warnings and 3.5 < found["effective_rank"] < 5 and found["compactness"] > 0.95
+    assert found["largest_cluster"] == 0.25 and 0.25 < found["largest_in_view"] < 0.3
+    one_each, = health(codes.reshape(50, 4, 8).transpose(0, 1).reshape(200, 8))[1]
+    assert "nearly every image is one cluster: raise --b-self" in one_each
     assert "collapsed" in health(torch.ones(200, 8) + 0.01 * torch.randn(200, 8))[1][0]
     assert "hardly cluster" in health(torch.randn(200, 64))[1][0]
 
 
-def test_flip_averaging_is_equivariant_to_mirroring(model):
-    images = torch.randn(2, 3, 32, 48)
-    features, codes = evaluate.flip_averaged(model, images)
-    torch.testing.assert_close(evaluate.flip_averaged(model, images.flip(3))[1], codes.flip(3))
-    expected = (model(images) + model(images.flip(3)).flip(3)) / 2
-    torch.testing.assert_close(codes, expected)
-    torch.testing.assert_close(features, (model.features(images) + model.features(images.flip(3)).flip(3)) / 2)
+# ---- from images to clusters ----
 
+class Made(data.Collection):
+    """Four random images of blocks, with labels or without."""
 
-def test_log_probabilities_are_of_upsampled_codes(model):
-    codes = torch.randn(1, 6, 4, 4)
-    up = torch.nn.functional.interpolate(codes, (32, 32), mode="bilinear", align_corners=False)
-    clusters = evaluate.log_probabilities(model.cluster_probe, codes, (32, 32))
-    torch.testing.assert_close(clusters, (2 * model.cluster_probe(up)).log_softmax(1))
-    torch.testing.assert_close(evaluate.log_probabilities(model.linear_probe, codes, (32, 32)),
-                               model.linear_probe(up).log_softmax(1))
-    torch.testing.assert_close(clusters.exp().sum(1), torch.ones(1, 32, 32))
-
-
-@pytest.mark.parametrize("width, height", [(70, 33), (5, 400), (1, 1)])
-@pytest.mark.parametrize("crf", [True, False])
-def test_photos_of_any_size_are_segmented_at_their_own_size(model, width, height, crf):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
-    ids = evaluate.predict(model, model.refit_probe, image, 32, crf)
-    assert ids.shape == (height, width) and ids.dtype == np.uint8 and ids.max() < 5
-
-
-def test_predicted_folder_keeps_names_sizes_and_colours(model, tmp_path):
-    for name, size in (("a.jpg", (50, 40)), ("sub/b.png", (33, 71))):
-        path = tmp_path / "photos" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size[::-1], 3), np.uint8)).save(path)
-    palette, out = data.class_palette(5), tmp_path / "out"
-    names = [f"cluster {k}" for k in range(5)]
-    assert evaluate.predict_folder(model, model.refit_probe, tmp_path / "photos", out, 32, palette, names, crf=False) == (2, [])
-    with Image.open(out / "sub/b.png") as segmented:
-        assert segmented.mode == "P" and segmented.size == (33, 71)
-        ids, colours = np.asarray(segmented), np.asarray(segmented.convert("RGB"))
-    assert np.array_equal(colours, palette[ids])
-    with Image.open(out / "sub/b_overlay.jpg") as overlay:
-        assert overlay.size == (33, 71)
-    assert (out / "panel.png").is_file()
-    assert json.loads((out / "clusters.json").read_text())["3"] == {"name": "cluster 3", "color": palette[3].tolist()}
-    photo = tmp_path / "photos/a.jpg"
-    assert evaluate.predict_folder(model, model.refit_probe, photo, tmp_path / "one", 32, palette, names) == (1, [])
-    assert (tmp_path / "one/a.png").is_file()
-    with pytest.raises(stego.InputError, match="inside"):
-        evaluate.predict_folder(model, model.refit_probe, tmp_path / "photos", tmp_path / "photos/out", 32, palette, names)
-
-
-def predicted(model, photos, out):
-    return evaluate.predict_folder(model, model.refit_probe, photos, out, 32, data.class_palette(5), list("abcde"), crf=False)
-
-
-def test_photos_that_cannot_be_read_are_told_when_the_others_are_done(model, tmp_path, monkeypatch):
-    resize, sizes = evaluate.TF.resize, []
-    monkeypatch.setattr(evaluate.TF, "resize", lambda image, size, *how: sizes.append((image.size, size)) or resize(
-        image.resize((4, 4)), size, *how))
-    photos, out = tmp_path / "photos", tmp_path / "out"
-    photos.mkdir()
-    for name in ("a.jpg", "c\nd.png"):
-        (photos / name).write_bytes(b"")
-    with pytest.raises(stego.InputError, match=r"^2 bad files: .*a.jpg.*c\\nd.png"):
-        predicted(model, photos, out)
-    Image.new("RGB", (1, 5000)).save(photos / "line.png")
-    Image.new("RGB", (66_000, 3)).save(photos / "long.png")  # more than a JPEG can hold
-    n, bad = predicted(model, photos, out)
-    assert n == 1 and len(bad) == 3 and "long.png: a side of more than 65,500 pixels" in bad[2]
-    assert sizes == [((1, 5000), (128, 32))] + 3 * [((1, 8), 320)]  # 320 x 1,600,000 pixels would be gigabytes
-    assert sorted(path.name for path in out.iterdir()) == [
-        "clusters.json", "line.png", "line_overlay.jpg", "panel.png"]
-
-
-@pytest.mark.parametrize("names, message", [(["a.jpg", "a.png"], "a.png: its result would replace another picture"),
-                                            (["panel.jpg"], "panel.jpg: its result would replace another picture"),
-                                            (["a.webp", "a.png/b.jpg"], "a.webp: its result would replace another picture")])
-def test_no_result_replaces_another(names, message, model, tmp_path):
-    for name in names:
-        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 30)).save(tmp_path / "photos" / name)
-    with pytest.raises(stego.InputError, match=message):
-        predicted(model, tmp_path / "photos", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_results_go_into_a_folder_of_their_own_where_they_may_replace_older_ones(model, tmp_path):
-    photo = tmp_path / "photos/a.jpg"
-    photo.parent.mkdir()
-    Image.new("RGB", (40, 30)).save(photo)
-    with pytest.raises(stego.InputError, match="photos holds other files"):
-        predicted(model, photo, photo.parent)
-    for _ in range(2):
-        assert predicted(model, photo, tmp_path / "out") == (1, [])
-    with pytest.raises(stego.InputError, match="results of another model"):
-        evaluate.predict_folder(model, model.refit_probe, photo, tmp_path / "out", 32, data.class_palette(5), list("vwxyz"))
-
-
-class Made:
-    """Two random images, with labels or without."""
-    names, n_classes, palette, root, split = ["a", "b", "c"], 3, data.class_palette(3), "made", "val"
-
-    def __init__(self, has_labels):
+    def __init__(self, has_labels=True):
+        super().__init__("made", "val", range(4), range(4), "abc")
         self.has_labels = has_labels
 
-    def __len__(self):
-        return 2
-
     def image(self, i):
-        return Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 60, 3), np.uint8))
+        blocks = np.random.default_rng(i).integers(0, 256, (5, 8, 3), np.uint8)
+        return Image.fromarray(blocks.repeat(8, 0).repeat(8, 1))
 
     def label(self, i):
-        return np.random.default_rng(i).integers(0, 4, (40, 60)).astype(np.uint8) if self.has_labels else None
+        return np.random.default_rng(i).integers(0, 4, (40, 64), np.uint8) if self.has_labels else None
 
 
-def test_evaluation_equals_a_straight_computation(model, tmp_path):
-    probes, prediction = evaluate.model_probes(model)
-    confusions, samples = evaluate.evaluate(model, Made(True), 32, probes, crf=True, batch_size=2, workers=1)
-    assert prediction == evaluate.REFIT and list(confusions) == [name + crf for name in probes for crf in ("", " + CRF")]
-    expected = {name: 0 for name in confusions}
-    for i in range(2):
-        images, labels = data.Views(Made(True), 32)[i]
-        codes = evaluate.flip_averaged(model, data.normalize(images))[1]
-        for name, (probe, _) in probes.items():
-            log_p = evaluate.log_probabilities(probe, codes, (32, 32))[0]
-            n = log_p.shape[0]
-            expected[name] += evaluate.confusion_matrix(log_p.argmax(0), labels[0], n, 3)
-            refined = evaluate.dense_crf(images[0].permute(1, 2, 0).numpy(), log_p.exp().detach().numpy())
-            expected[name + " + CRF"] += evaluate.confusion_matrix(refined.argmax(0), labels[0], n, 3)
-    for name in confusions:
-        assert torch.equal(confusions[name], expected[name])
-    summary = evaluate.report(tmp_path, confusions, samples, Made(True), probes, prediction)
-    assert json.loads((tmp_path / "scores.json").read_text())["results"][prediction]["miou"] == pytest.approx(
-        summary["results"][prediction]["miou"])
-    assert data.read_image(tmp_path / "panel.png").width > 300 and data.read_image(tmp_path / "confusion.png").width > 100
+@pytest.fixture
+def model(backbone):
+    model = stego.Stego(backbone, 6, 5, n_classes=3).eval().requires_grad_(False)
+    model.refit_probe = stego.ClusterProbe(6, 5).requires_grad_(False)
+    views = torch.from_numpy(np.concatenate([data.image_views(Made(), i, 32) for i in range(4)]))
+    codes = model(data.normalize(views)).permute(1, 0, 2, 3).flatten(1).T
+    model.refit_probe.centroids.copy_(evaluate.kmeans(codes, 5))  # so that all clusters occur
+    return model
+
+
+def test_flip_averaging_and_probabilities_equal_a_straight_computation(model):
+    images, codes = torch.randn(2, 3, 32, 48), torch.randn(1, 6, 4, 4)
+    for found, f in zip(evaluate.flip_averaged(model, images), (model.features, model)):
+        torch.testing.assert_close(found, (f(images) + f(images.flip(3)).flip(3)) / 2)
+    for size in ((32, 24), (4, 4)):
+        large = nnf.interpolate(codes, size, mode="bilinear", align_corners=False)
+        for probe, scale in ((model.cluster_probe, 2), (model.linear_probe, 1)):
+            found = evaluate.log_probabilities(probe, codes, size)
+            torch.testing.assert_close(found, (scale * probe(large)).log_softmax(1))
+
+
+def test_evaluation_equals_a_straight_computation(model, monkeypatch):
+    """By one process, or in shares of five, of which one has no image."""
+    collection, raw = Made(), stego.ClusterProbe(16, 5).requires_grad_(False)
+    probes = {RAW: raw, **evaluate.model_probes(model)}
+    confusions, samples = evaluate.evaluate(model, collection, 32, probes, crf=True, workers=1, n_samples=3)
+    expected, refined_pixels = dict.fromkeys([*probes, REFIT + CRF, LINEAR + CRF], 0), 0
+    for i in range(4):
+        image, label = data.image_views(collection, i, 32), data.label_views(collection, i, 32)[0]
+        features, codes = evaluate.flip_averaged(model, data.normalize(torch.from_numpy(image)))
+        clusters = {RAW: nnf.interpolate(raw(features), (32, 32), mode="bilinear")[0].argmax(0)}
+        for row, probe in evaluate.model_probes(model).items():
+            p = evaluate.log_probabilities(probe, codes, (32, 32))[0].exp()
+            clusters[row] = p.argmax(0)
+            if row != ONLINE:  # as float16, as the probabilities go to another process
+                clusters[row + CRF] = dense_crf(image[0].transpose(1, 2, 0), p.half().numpy()).argmax(0)
+                refined_pixels += (clusters[row + CRF] != clusters[row].numpy()).sum()
+        for row, found in clusters.items():
+            n_clusters = 3 if row.startswith(LINEAR) else 5
+            expected[row] = expected[row] + evaluate.confusion_matrix(found, label, n_clusters, 3)
+    assert confusions.keys() == expected.keys() and refined_pixels > 0
+    assert all(torch.equal(confusions[row], expected[row]) for row in expected)
+    assert len(samples) == 3 and np.array_equal(samples[2][0].transpose(2, 0, 1), image[0])
+
+    reduced = []
+    monkeypatch.setattr(evaluate.dist, "all_reduce", reduced.append)
+    shares = [evaluate.evaluate(model, collection, 32, probes, False, 1, rank, 5)[0] for rank in range(5)]
+    assert all(torch.equal(sum(share[row] for share in shares), expected[row]) for row in probes)
+    assert len(reduced) == 5 * len(probes)
 
 
 def test_without_labels_there_are_pictures_and_no_scores(model, tmp_path):
-    model.linear_probe = None
-    probes, prediction = evaluate.model_probes(model)
-    confusions, samples = evaluate.evaluate(model, Made(False), 32, probes, crf=False, workers=0)
-    summary = evaluate.report(tmp_path, confusions, samples, Made(False), probes, prediction)
-    assert summary["results"] == {} and not (tmp_path / "confusion.png").exists()
-    assert data.read_image(tmp_path / "panel.png").width > 300
+    model.linear_probe, collection = None, Made(has_labels=False)
+    probes = evaluate.model_probes(model)
+    confusions, samples = evaluate.evaluate(model, collection, 32, probes, crf=False, workers=1)
+    legend = [f"thing {k}" for k in range(5)], data.class_palette(5)
+    found = evaluate.report(tmp_path, confusions, samples, collection, probes, legend, warnings=["too bad"])
+    assert found[0] == legend[0] and np.array_equal(found[1], legend[1])
+    summary = json.loads((tmp_path / "scores.json").read_text())
+    assert confusions == summary["results"] == {} and summary["warnings"] == ["too bad"]
+    assert not (tmp_path / "confusion.png").exists() and data.read_image(tmp_path / "panel.png").width > 300
 
 
-def test_a_dying_crf_process_is_an_error_and_no_hang(model, monkeypatch):
-    monkeypatch.setattr(evaluate, "crf_labels", die)
-    with pytest.raises(BrokenProcessPool):
-        evaluate.evaluate(model, Made(True), 32, evaluate.model_probes(model)[0], crf=True, workers=1)
+def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(model, tmp_path, capsys):
+    probes, palette = {REFIT: model.refit_probe, LINEAR: model.linear_probe}, data.class_palette(3)
+    clusters = {row: np.zeros((32, 32), np.uint8) for row in (REFIT, REFIT + CRF, LINEAR)}
+    samples = [(np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8), clusters)] * 2
+    counts = np.array([[0, 0, 0], [1, 9, 0], [0, 0, 0], [8, 0, 0], [2, 0, 0]])
+    confusions = {REFIT: counts, REFIT + CRF: counts, LINEAR: np.eye(3)}
+    legend = ["b", "b", "x", "a", "a"], data.class_palette(5)
+    names, colours = evaluate.report(tmp_path, confusions, samples, Made(), probes, legend, [0, 1, 0, 0, 0],
+                                     config={"seed": 3})
+    summary = json.loads((tmp_path / "scores.json").read_text(), parse_constant=pytest.fail)  # of NaN
+    found = summary["results"][REFIT]
+    assert found["iou"] == pytest.approx([800 / 11, 90, None]) and found["accuracy"] == pytest.approx(85)
+    assert summary["prediction"] == REFIT and summary["config"] == {"seed": 3}
+    assert found["assignment"][1::2] == [1, 0] and sorted(found["assignment"])[:2] == [-1, -1]
+    assert summary["results"]["by training labels"]["accuracy"] == 95  # one of 20 pixels is in a cluster of b
+    assert summary["results"]["as named"]["assignment"] == [1, 1, -1, 0, 0]
+    assert names[3] == "a" and np.array_equal(colours[3], palette[0])
+    assert len({(name, *colour) for name, colour in zip(names, colours)}) == 5
+    pixels = np.asarray(data.read_image(tmp_path / "panel.png"))
+    assert pixels.shape[1] == 40 + 5 * (280 + 6) - 6  # image, label, two of the prediction, the linear probe
+    assert (pixels[60:330, 320:580] == palette[0]).all()  # the label, all of class 0
+    line, = [line for line in capsys.readouterr().out.splitlines() if line.endswith("<- the prediction")]
+    assert line.split()[:5] == ["k-means", "on", "codes", "81.4", "85.0"]
 
 
-def die(image, probabilities):
-    os._exit(1)
+def test_compare_groups_runs_by_their_settings(tmp_path, capsys):
+    for name, seed, steps, miou in (("a", 0, 9, 10), ("b", 1, 9, 14), ("c", 0, 8, 50)):
+        summary = {"config": {"seed": seed, "steps": steps, "name": name}, "data": "d", "split": "val",
+                   "prediction": REFIT, "results": {REFIT: {"miou": miou, "accuracy": 2 * miou}}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scores.json").write_text(json.dumps(summary))
+    evaluate.compare([tmp_path / name for name in "abcx"])
+    out = capsys.readouterr().out
+    assert "x: left out" in out and f"2 runs: {tmp_path}/a, {tmp_path}/b\n" in out
+    rows = [line[len(REFIT):].split()[:6] for line in out.splitlines() if line.startswith(REFIT)]
+    assert rows == [["12.0", "±", "2.8", "24.0", "±", "5.7"], ["50.0", "100.0", "<-", "the", "prediction"]]
 
 
-def test_rows_of_a_confusion_matrix_have_the_colours_of_their_classes(tmp_path):
-    palette = data.class_palette(4)
-    evaluate.draw_confusion(tmp_path / "c.png", np.eye(3, 4), [1, 3, -1], "abc", ["w", "x", "y", "z"], palette)
-    pixels = np.asarray(data.read_image(tmp_path / "c.png")).reshape(-1, 3)
-    times = [int((pixels == colour).all(1).sum()) for colour in palette]
-    assert times[0] == times[2] > 100 and times[1] == times[3] == 2 * times[0]  # once down the side, once below
+# ---- photos ----
+
+@pytest.mark.parametrize("crf", [True, False])
+def test_photos_of_any_size_are_segmented_at_their_own_size(crf, model, monkeypatch):
+    seen, resize = [], evaluate.TF.resize
+    monkeypatch.setattr(evaluate.TF, "resize", lambda image, to, by: seen.append(to) or resize(image, to, by))
+    for size in ((70, 33), (5, 400), (1, 1)):
+        ids = evaluate.predict(model, model.refit_probe, Made().image(0).resize(size), 32, crf)
+        assert ids.shape == size[::-1] and ids.dtype == np.uint8 and ids.max() < 5
+    assert seen == [(32, 64), (128, 32), (32, 32)]  # of the network, whose longer side has a limit
 
 
-def test_pairs_without_any_of_the_same_class_leave_their_plot_empty(tmp_path):
+def test_a_prediction_is_of_the_whole_image_and_merges_probabilities(model):
+    image, classes = Made().image(0), torch.tensor([0, 1, 0, 1, 1])  # 64 x 40, multiples of the patch
+    pixels = data.normalize(torch.tensor(np.asarray(image)).permute(2, 0, 1)[None])
+    codes = evaluate.flip_averaged(model, pixels)[1]
+    p = evaluate.log_probabilities(model.refit_probe, codes, (40, 64))[0].exp()
+    merged = torch.stack([p[0] + p[2], p[1] + p[3] + p[4]])
+    for expected, chosen in ((p, None), (merged, classes)):
+        ids = evaluate.predict(model, model.refit_probe, image, 40, False, chosen)
+        assert np.array_equal(ids, expected.argmax(0))
+    assert (ids != classes[p.argmax(0)].numpy()).any()  # which would be classes of the likeliest cluster
+
+
+def predict_here(model, photos, out):
+    names, colours = evaluate.read_legend(out / "none", 5)
+    evaluate.predict_folder(model, model.refit_probe, photos, out, 32, names, colours, crf=False)
+
+
+def test_a_folder_of_photos_is_predicted_under_its_names_and_in_its_colours(model, tmp_path, capsys):
+    save_image(tmp_path / "photos/a.jpg", 50, 40)
+    save_image(tmp_path / "photos/sub/b.png", 33, 71)
+    (tmp_path / "photos/c\nd.png").write_bytes(b"")
+    with pytest.raises(stego.InputError, match=r"^1 images could not be read: .*c\\nd.png: not a readable"):
+        predict_here(model, tmp_path / "photos", tmp_path / "out")
+    assert "2 images segmented" in capsys.readouterr().out
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in data.files_below(tmp_path / "out")}
+    assert files == {"a.png", "a_overlay.jpg", "sub/b.png", "sub/b_overlay.jpg", "panel.png", "classes.json"}
+    with Image.open(tmp_path / "out/sub/b.png") as segmented:
+        assert segmented.mode == "P" and segmented.size == (33, 71)
+        ids, colours = np.asarray(segmented), np.asarray(segmented.convert("RGB"))
+    photo = data.read_image(tmp_path / "photos/sub/b.png")
+    assert np.array_equal(ids, evaluate.predict(model, model.refit_probe, photo, 32, False)) and ids.max() < 5
+    assert np.array_equal(colours, data.class_palette(5)[ids])
+    overlay = np.asarray(data.read_image(tmp_path / "out/sub/b_overlay.jpg")).mean((0, 1))
+    assert overlay == pytest.approx((colours / 2 + np.asarray(photo) / 2).mean((0, 1)), abs=2)
+    legend = json.loads((tmp_path / "out/classes.json").read_text())
+    assert legend["3"] == {"name": "cluster 3", "color": data.class_palette(5)[3].tolist()}
+    predict_here(model, tmp_path / "photos/a.jpg", tmp_path / "photos/one")  # below its own folder
+    assert (tmp_path / "photos/one/a.png").is_file()
+
+
+@pytest.mark.parametrize("names, photos, out, message", [
+    (["a.jpg"], "photos", "photos/out", "photos/out lies inside .*photos"),
+    (["a.png"], "photos/a.png", "photos", "photos lies inside .*photos"),  # a.png would be replaced
+    (["a.jpg", "a.png"], "photos", "out", "a.jpg: its result, .*a.png, would have the name of another"),
+    (["panel.jpg"], "photos", "out", "panel.jpg: its result, .*panel.png")])
+def test_no_result_replaces_another_file(names, photos, out, message, model, tmp_path):
+    for name in names:
+        save_image(tmp_path / "photos" / name)
+    before = data.files_below(tmp_path)
+    with pytest.raises(stego.InputError, match=message):
+        predict_here(model, tmp_path / photos, tmp_path / out)
+    assert data.files_below(tmp_path) == before
+
+
+def test_a_person_may_edit_names_and_colours_of_clusters(tmp_path):
+    path, palette = tmp_path / "clusters.json", data.class_palette(4)
+    evaluate.write_legend(path, ["sky", "tree", "sea", "road"], palette, share=[0.4, 0.3, 0.2, 0.1])
+    assert json.loads(path.read_text())["2"] == {"name": "sea", "color": palette[2].tolist(), "share": 0.2}
+    path.write_text(path.read_text().replace("sea", "sky\\n above"))
+    names, colours = evaluate.read_legend(path, 4)
+    assert names == ["sky", "tree", "sky above", "road"] and np.array_equal(colours, palette)
+    for bad in ("{", "[1]", '{"9": {"name": "a", "color": [1, 2, 3]}}', '{"0": {"name": "a"}}',
+                '{"0": {"name": "a", "color": [1, 2]}}', '{"x": 1}'):
+        path.write_text(bad)
+        with pytest.raises(stego.InputError, match="clusters.json: not a list of clusters"):
+            evaluate.read_legend(path, 4)
+
+
+# ---- pictures ----
+
+def test_a_confusion_matrix_is_drawn_in_shares_of_the_true_class(tmp_path):
+    evaluate.draw_confusion(tmp_path / "c.png", [[9, 1, 0], [0, 3, 0]], ["one line", "y" * 99], "abc")
+    pixels = np.asarray(data.read_image(tmp_path / "c.png"))
+    corner = pixels[22::44, 152::44][:3, :2].tolist()  # the upper left corner of each cell
+    assert corner == [[[8, 81, 156], [236, 243, 251]], [[179, 202, 227], [65, 121, 179]], 2 * [[211] * 3]]
+
+
+def test_curves_run_through_their_points_and_past_their_marks(tmp_path):
+    lines = {"up": ([0, 4], [0, 1]), "down": ([0, 4], [1, 0])}
+    evaluate.draw_curves(tmp_path / "c.png", {"a": lines, "b": lines}, "x", marks=[1, 2])
+    pixels = np.asarray(data.read_image(tmp_path / "c.png")).astype(int)
+    def near(x, y, colour):  # of the first plot, which has 330 x 190 pixels
+        part = pixels[round(40.3 + y * 190):, round(77 + x * 330):][:7, :7]
+        return np.abs(part - colour).sum(2).min() < 60
+    for x in (0.1, 0.4, 0.9):
+        assert near(x, 1 - x, (0, 114, 178)) and near(x, x, (213, 94, 0)) and not near(x, x, (0, 114, 178))
+    assert near(0.25, 0.9, (0, 0, 0)) and not near(0.5, 0.9, (0, 0, 0))
+    evaluate.draw_losses(tmp_path / "l.png", [{"step": 9 * i, "self": 0.1 * i, "knn": 0} for i in range(30)])
     F = torch.linspace(-1, 1, 50)
-    pairs = {"knn": (F, -F, (F > 0).long()), "rand": (F, -F, torch.zeros(50).long())}  # the latter: recall is 0 / 0
-    average = evaluate.draw_precision_recall(tmp_path / "p.png", pairs)
-    assert average["knn"]["F"] == 1 and data.read_image(tmp_path / "p.png").width > 600
+    pairs = {"knn": (F, -F, (F > 0).long()), "rand": (F, -F, torch.zeros(50).long())}  # no pair of one class
+    evaluate.draw_diagnostics(tmp_path / "d.png", pairs, [0.1, 0.2])
+    evaluate.draw_precision_recall(tmp_path / "p.png", pairs)
+    assert {data.read_image(tmp_path / f"{name}.png").size for name in "cldp"} == {(900, 332)}
 
 
-@pytest.mark.parametrize("bfloat16, float32, chosen", [(1.0, 2.0, True), (1.0, 1.0, False), (2.0, 1.0, False)])
-def test_bfloat16_is_chosen_where_it_is_clearly_faster(bfloat16, float32, chosen, monkeypatch):
-    times = iter([bfloat16, float32])
-    monkeypatch.setattr(evaluate.timeit, "repeat", lambda *args, **kwargs: [next(times), 9.0])
-    assert evaluate.choose_precision("auto", torch.device("cpu")) == chosen
-    assert evaluate.choose_precision("bfloat16", torch.device("cpu")) and not evaluate.choose_precision("float32", "cpu")
+# ---- device, precision, what goes wrong ----
+
+def test_a_device_that_computes_wrong_gradients_is_passed_over(monkeypatch, capsys):
+    assert evaluate.choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(stego.InputError, match=r"^--device abacus: not usable here \(.+\)$"):
+        evaluate.choose_device("abacus")
+    right, answers = evaluate.gradient_of_sample("cpu"), {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(evaluate, "gradient_of_sample", lambda device: answers[str(device)])  # or KeyError
+    answers.update({"cpu": right, "cuda:3": 0 * right})
+    assert evaluate.choose_device("auto") == torch.device("cpu")
+    out = capsys.readouterr().out
+    assert "cuda is not used: this version" in out and "mps is not used: " in out
+    answers["cuda:3"] = right
+    assert evaluate.choose_device("auto") == torch.device("cuda", 3)  # a number holds in threads, too
+
+
+def test_precision_follows_from_the_hardware_or_the_option(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert evaluate.choose_precision("float16", cpu) == torch.float16
+    for capability, flags, dtype in (((8, 0), "amx_bf16", torch.bfloat16), ((7, 5), "avx2", torch.float32)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(evaluate.Path, "read_text", lambda path: flags)
+        monkeypatch.setattr(evaluate.Path, "is_file", lambda path: True)
+        assert evaluate.choose_precision("auto", cuda) == evaluate.choose_precision("auto", cpu) == dtype
+
+
+@pytest.mark.parametrize("error, status, sentence", [
+    (stego.InputError("no images"), 2, "error: no images"), (OSError(28, "disk full"), 2, "error: .*disk f"),
+    (MemoryError(), 2, "memory is full"), (RuntimeError("CUDA error: out of memory\n"), 2, "--batch-size"),
+    (RuntimeError("MPS backend out of memory"), 2, "memory is full"), (KeyboardInterrupt(), 130, "--resume"),
+    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when"), 2, "memory is full"),
+    (RuntimeError("shapes do not match"), None, None), (ValueError("a mistake of ours"), None, None)])
+def test_what_goes_wrong_is_one_sentence_but_our_mistakes_are_raised(error, status, sentence, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit if status else type(error)) as stopped:
+        evaluate.run_main(main)
+    if status:
+        assert stopped.value.code == status
+        assert re.fullmatch(f".*{sentence}.*", capsys.readouterr().err.strip())  # . is no line break
+
+
+# ---- the command line ----
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with images, and runs/t that was trained on them."""
+    path = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        fill_workplace(path)
+        train_here(patch, "--data-root", "images", "--name", "t", "--no-crf", *SMALL)
+    return path
+
+
+@pytest.fixture
+def evaluate_here(trained, monkeypatch):
+    def evaluate_here(*typed):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *typed, "--device=cpu", "--workers=1", "--no-crf"])
+        evaluate.main()
+    monkeypatch.chdir(trained)
+    return evaluate_here
+
+
+def test_evaluation_from_the_command_line_gives_the_scores_of_training(evaluate_here, capsys):
+    evaluate_here("runs/t")
+    ours, again = (json.loads(Path("runs/t", file).read_text())["results"]
+                   for file in ("scores.json", "eval-val/scores.json"))
+    del ours[RAW]  # its centroids are not in a checkpoint
+    named = again.pop("as named")  # the names that training gave by the same matching
+    assert again == ours and {*again} == {REFIT, ONLINE, LINEAR, "by training labels"}
+    assert named == again[REFIT]
+    evaluate_here("runs/t/checkpoint.pt", "--split", "train", "--out", "there", "--eval-resolution", "19")
+    assert json.loads(Path("there/scores.json").read_text())["images"] == 12
+    evaluate_here("--compare", "runs/t", "runs/t")
+    assert "split train, at 16 pixels" in capsys.readouterr().out
+    for typed in (["nowhere"], [], ["runs/t", "--predict", "."]):  # no run, no run, no --out
+        with pytest.raises((stego.InputError, SystemExit)):
+            evaluate_here(*typed)
+
+
+def test_predictions_merge_clusters_of_one_name(evaluate_here):
+    legend = Path("runs/t/clusters.json")
+    whole = legend.read_text()
+    legend.write_text(re.sub('"name": ".*"', '"name": "all"', whole))
+    evaluate_here("runs/t", "--predict", "images/imgs/val", "--out", "segmented")
+    legend.write_text(whole)
+    assert np.asarray(Image.open("segmented/1.png")).tolist() == [[0] * 60] * 40
+    legend = json.loads(Path("segmented/classes.json").read_text())
+    assert [entry["name"] for entry in legend.values()] == ["all"]
+
+
+def test_correspondences_are_drawn(evaluate_here, capsys):
+    evaluate_here("runs/t", "--correspondences")
+    heatmaps, curves = (data.read_image(f"runs/t/eval-train/{name}.png")
+                        for name in ("heatmaps", "precision_recall"))
+    assert heatmaps.width == 6 * (233 + 6) - 6 + 40 and curves.width == 1330
+    assert np.asarray(heatmaps)[60:280, 30:240].std() > 20
+    assert capsys.readouterr().out.count("average precision") == 3
+
+
+def test_images_of_other_classes_leave_the_linear_probe_out(evaluate_here, folder):
+    save_label(folder / "labels/val/v.png", np.zeros((30, 40), np.uint8))
+    (folder / "classes.txt").write_text("sky\nsea\n")
+    evaluate_here("runs/t", "--data-root", str(folder), "--out", str(folder / "out"))
+    summary = json.loads((folder / "out/scores.json").read_text())
+    assert summary["classes"] == ["sky", "sea"] and {*summary["results"]} == {REFIT, ONLINE}
+    assert summary["data"] == f"{folder}/imgs/val" and summary["images"] == 1

@@ -1,281 +1,207 @@
-"""Faults: runs that are killed, interrupted, out of disk, two at a time, or find damaged files."""
-import contextlib
-import functools
-import itertools
-import json
+"""Runs that are killed or interrupted, two processes that share one, and systems that lack what Linux has."""
 import os
-import random
-import resource
-import shlex
-import shutil
+import runpy
 import signal
 import subprocess
 import sys
-import threading
-import time
-import types
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, train_here, weights
-from PIL import Image
 
 import data
 import evaluate
 import stego
 import train
 
-# ---- kills, Ctrl-C and a full disk, at random moments of every stage ----
-
-STAGES = [(data, "extract_features"), (data, "cached_neighbors"), (stego, "same_class_rates"), (train.Objective, "forward"),
-          (stego, "save_checkpoint"), (evaluate, "fitted_probe"), (evaluate, "evaluate"), (evaluate, "report")]
-SETTINGS = ["--data-root", "images", "--no-crf", *SMALL, "--steps", "60", "--checkpoint-every", "10"]
+IMAGES = ["--data-root", "images", "--no-crf", *SMALL]
 
 
-def forked(arguments, stage=None, fault=None, occurrence=0, delay=0.0):
-    """train.py in a fork of this process, which spares it the imports. The fault comes `delay` seconds after the stage's
-    function is called for so many times: a signal, or a number of bytes that no file may then exceed. Returns the exit
-    status and the output."""
-    reached, tell = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with open("out.txt", "w") as out:
-            os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
-        warnings.simplefilter("ignore", ResourceWarning)  # a file that Ctrl-C meets between open and with
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
-        calls = itertools.count()
-        data.time = types.SimpleNamespace(monotonic=itertools.count(0, 10).__next__)  # an extraction notes every batch
-        data.extract_features = functools.partial(data.extract_features, batch_size=4)
-        if stage:
-            function = getattr(*stage)
-
-            def faulty(*arguments, **options):
-                if next(calls) == occurrence:
-                    if fault > 100:
-                        resource.setrlimit(resource.RLIMIT_FSIZE, (fault, resource.RLIM_INFINITY))
-                    os.write(tell, b"!")
-                return function(*arguments, **options)
-            setattr(*stage, faulty)
-        sys.argv, status = ["train.py", *arguments], 1
-        try:
-            evaluate.run_main(train.main)
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        except BaseException:  # noqa: BLE001, whatever it is belongs into the output
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush(), os._exit(status)
-    os.close(tell)
-    if os.read(reached, 1) and fault < 100:
-        time.sleep(delay)
-        os.kill(child, fault)
-    os.close(reached)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return status, Path("out.txt").read_text(errors="replace")
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So that this process and others round their sums alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-def check_whole(folder):
-    """Reads every file below folder, those under a temporary name left out."""
-    for path in folder.rglob("*"):
-        if path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix == ".jsonl":
-            [json.loads(line) for line in path.read_text().splitlines()]
-        elif path.suffix == ".pt":
-            torch.load(path, weights_only=True)
-        elif path.suffix == ".npy" and (path.name == "done.npy" or path.parent.suffix != ".partial"):
-            np.load(path, mmap_mode="r")
-        elif path.suffix == ".png":
-            Image.open(path).load()
+def python(*arguments):
+    """Another Python process that finds the scripts. The output ends once all its processes have ended."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False,
+                          env=environment, timeout=120)
 
 
-def suffer(lives, seed):
-    """Runs, each of which meets its fault at one stage after the other and is resumed. Says what happened, as JSON.
+# ---- killed and resumed ----
 
-    lives: (fault, numbers of stages) of each run.
-    """
-    draw, counts = random.Random(seed), {}
-    assert forked([*SETTINGS, "--name", "undisturbed", "--cache-dir", "other"])[0] == 0
-    for life, (fault, stages) in enumerate(lives):
-        shutil.rmtree("cache", ignore_errors=True)
-        name, folder, command = f"t{life}", Path(f"runs/t{life}"), None
-        for stage in [STAGES[i] for i in stages]:
-            occurrence = draw.randrange({"forward": 9, "fitted_probe": 2}.get(stage[1], 1)) + (stage[1] == "save_checkpoint")
-            arguments = command or [*SETTINGS, "--name", name, *["--resume"] * (folder / "config.json").is_file()]
-            if fault == signal.SIGINT:  # Python drops a Ctrl-C that arrives in the instant when a worker is forked
-                arguments += ["--workers", "0"]
-            # a kill may come late, when the stage is done; an interruption must not, or the run ends before it
-            delay = 10 ** draw.uniform(-4, -0.5 if fault == signal.SIGKILL else -2)
-            status, out = forked(arguments, stage, fault, occurrence, delay)
-            kind = "killed" if status == -signal.SIGKILL else {130: "interrupted", 2: "no room", 0: "ended"}[status]
-            counts[f"{stage[1]} {kind}"] = counts.get(f"{stage[1]} {kind}", 0) + 1
-            for place in (Path("runs"), Path("cache")):
-                check_whole(place)
-            assert kind == "killed" or "Traceback" not in out, out  # a killed one's workers may complain
-            last, command = out.strip().splitlines()[-1] if out.strip() else "", None
-            if kind == "interrupted":
-                assert last.startswith("interrupted; go on with: python train.py "), last
-                command = shlex.split(last)[6:]
-                assert "--resume" in command
-                if stage[1] == "forward":  # the step under way was finished
-                    assert torch.load(folder / "checkpoint.pt", weights_only=True)["training"]["step"] > 0
-            if kind == "no room":
-                assert last.startswith("error: ") and "File too large" in last, last
-                assert {"extract_features": "cache", "save_checkpoint": "checkpoint.pt", "report": ".png"}[stage[1]] in last
-                left = [path for place in ("runs", "cache") for path in Path(place).rglob("*")
-                        if path.suffix in (".tmp", ".partial")]
-                assert not left, left
-                if stage[1] == "save_checkpoint":  # the last checkpoint is there
-                    assert torch.load(folder / "checkpoint.pt", weights_only=True)["training"]["step"] == 10 * occurrence
-        status, out = forked([*SETTINGS, "--name", name, "--resume"])
-        assert status == 0, out
-        same_end(name)
-    print(json.dumps(counts))
+FAULTY = """
+import itertools, multiprocessing, os, signal, sys, time, types
+from pathlib import Path
+import data, evaluate, stego, train
 
+def main():
+    owner, name, when = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
+    owner, calls = globals()[owner], itertools.count(1)
+    function = getattr(owner, name)
+    def faulty(*arguments):
+        if next(calls) == when:
+            if name == "write_bytes":
+                open(arguments[0], "wb").write(arguments[1][:1000])
+            print(len(multiprocessing.active_children()), "children", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    setattr(owner, name, faulty)
+    data.fill_cache.__defaults__ = (4,)  # views at once: three batches
+    clock = itertools.count(0, 10)  # ten seconds a step: a checkpoint every fifth
+    train.time = types.SimpleNamespace(monotonic=clock.__next__, perf_counter=time.perf_counter)
+    evaluate.run_main(train.main)
 
-def same_end(name):
-    one, other = (weights(Path("runs") / name) for name in (name, "undisturbed"))
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    logs = [[json.loads(line) for line in Path(f"runs/{name}/log.jsonl").read_text().splitlines()]
-            for name in (name, "undisturbed")]
-    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]] and logs[0][-1] == logs[1][-1]
-    for ours in Path("cache").glob("*/*.npy"):
-        assert ours.read_bytes() == Path("other", *ours.parts[1:]).read_bytes()
-    assert not [path for path in (*Path("cache").rglob("*"), *Path("runs").rglob("*")) if path.suffix in (".tmp", ".partial")]
-
-
-def in_another_process(call):
-    """Of what other tests did to this one's threads a fork might hang, and sums are rounded in another order."""
-    result = subprocess.run([sys.executable, "-c", f"import test_faults; test_faults.{call}"], capture_output=True, text=True,
-                            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}, check=False)
-    assert result.returncode == 0, result.stderr
-    print(result.stdout)
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def test_after_any_fault_at_any_moment_a_run_goes_on_to_the_end_of_an_undisturbed_one(workplace, long):
-    """Killed at every stage; stopped by Ctrl-C, and continued with the command it then prints; out of room on the disk."""
-    kill, interrupt = int(signal.SIGKILL), int(signal.SIGINT)
-    seed = random.SystemRandom().randrange(10 ** 6) if long else 0
-    counts = in_another_process(f"suffer({[(kill, range(len(STAGES)))] * (12 if long else 1)} + "
-                                f"{[(interrupt, (0, 3, 6)), (8000, (0, 4, 7))]}, {seed})")
-    assert sum(n for name, n in counts.items() if name.endswith("killed")) >= (30 if long else 5)
-    assert {**{f"{name} interrupted": 1 for name in ("extract_features", "forward", "evaluate")},
-            **{f"{name} no room": 1 for name in ("extract_features", "save_checkpoint", "report")}}.items() <= counts.items()
-
-
-# ---- two at a time ----
-
-HOLD = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
-
-
-@contextlib.contextmanager
-def locked_by_another(path, seconds=60.0, then=lambda: None):
-    """Another process holds the lock `path`, and is killed after so many seconds, once `then` was called."""
-    with subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE) as holder:
-        holder.stdout.readline()
-        killer = threading.Timer(seconds, lambda: (then(), holder.kill()))
-        killer.start()
-        yield
-        killer.cancel(), holder.kill()
-
-
-def test_a_second_run_in_the_folder_of_a_live_one_is_refused_and_of_a_dead_one_not(workplace, monkeypatch):
-    Path("runs/t").mkdir(parents=True)
-    with locked_by_another("runs/t/lock"), pytest.raises(stego.InputError, match="runs/t: another process"):
-        train_here(monkeypatch, "--data-root", "images", "--name", "t", *SMALL)
-    assert not Path("runs/t/config.json").exists()
-    with stego.lock("runs/t/lock", "nobody holds it", wait=False):
-        pass
-
-
-def test_a_run_waits_for_another_that_fills_its_cache_and_then_reads_it(workplace, monkeypatch, capsys):
-    backbone, train_set = stego.load_backbone("vit.pth"), data.Directory("images", "train", 3)
-    features = data.extract_features(backbone, data.Views(train_set, 32), workers=0)
-    expected, folder = data.cached_neighbors(features, 3), features.folder
-    folder.rename("ready")
-    monkeypatch.setattr(data, "batches", lambda *_: pytest.fail("extracted"))
-    with locked_by_another(f"{folder}.lock", 0.3, then=lambda: Path("ready").rename(folder)):
-        features = data.extract_features(backbone, data.Views(train_set, 32), workers=0)
-    found = folder / "neighbors_3.npy"
-    found.rename("ready.npy")
-    monkeypatch.setattr(data, "nearest_neighbors", lambda *_: pytest.fail("computed"))
-    with locked_by_another(f"{found}.lock", 0.3, then=lambda: Path("ready.npy").rename(found)):
-        assert torch.equal(data.cached_neighbors(features, 3), expected)
-    assert capsys.readouterr().out.count(f"waiting for another run, which is making {folder}") == 2
-
-
-def test_a_run_waits_for_another_that_downloads_its_weights(workplace, monkeypatch, capsys):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_: pytest.fail("downloaded"))
-    Path("hub/checkpoints").mkdir(parents=True)
-    with locked_by_another("hub/checkpoints/x.pth.lock", 0.3, then=lambda: shutil.copy("vit.pth", "hub/checkpoints/x.pth")):
-        assert stego.download("https://nowhere/x.pth").is_file()
-    assert "waiting for another run, which is downloading" in capsys.readouterr().out
-
-
-# ---- damaged files ----
-
-def test_a_file_that_somebody_cut_is_named_with_a_mend(workplace, monkeypatch):
-    arguments = ["--data-root", "images", "--name", "t", "--no-crf", *SMALL]
-    train_here(monkeypatch, *arguments)
-    for name, mend in (("checkpoint.pt", "delete it"), ("config.json", "start another run"), ("maps.npy", "delete the folder"),
-                       ("neighbors_7.npy", "delete the folder")):
-        path = next(workplace.glob(f"*/*/{name}"))
-        content = path.read_bytes()
-        os.truncate(path, len(content) // 2)
-        with pytest.raises(stego.InputError, match=f"{name}.* damaged.*{mend}|{name}: damaged.*{mend}"):
-            train_here(monkeypatch, *arguments, "--resume")
-        path.write_bytes(content)
-
-
-def test_a_damaged_log_is_written_again(workplace, monkeypatch):
-    arguments = ["--data-root", "images", "--name", "t", "--no-crf", *SMALL]
-    train_here(monkeypatch, *arguments)
-    log = Path("runs/t/log.jsonl")
-    whole = log.read_text()
-    log.write_bytes(b"\xff[]\n7\n{")
-    train_here(monkeypatch, *arguments, "--resume")
-    assert log.read_text() == whole and whole.count("\n") == 4
-
-
-def test_a_checkpoint_of_another_model_is_not_resumed(workplace, monkeypatch):
-    for name, code_dim in (("t", 5), ("other", 6)):
-        train_here(monkeypatch, "--data-root", "images", "--name", name, "--no-crf", *SMALL, "--code-dim", str(code_dim))
-    shutil.copy("runs/other/checkpoint.pt", "runs/t/checkpoint.pt")
-    with pytest.raises(stego.InputError, match="checkpoint.pt.* of another model .*delete it"):
-        train_here(monkeypatch, "--name", "t", "--resume")
-
-
-@pytest.mark.parametrize("start", [
-    "worker = evaluate.crf_pool(1).submit(os.getpid).result()",
-    "worker = iter(data.batches(Slow(), 1, 1)); next(worker)"])
-def test_workers_end_with_a_parent_that_was_killed(start, workplace):
-    script = f"""
-import os, data, evaluate
-class Slow(data.torch.utils.data.Dataset):
-    __len__ = lambda self: 2
-    def __getitem__(self, i):
-        print(os.getpid(), flush=True)
-        data.time.sleep(i * 100)
-        return data.torch.zeros(1), data.torch.zeros(1)
 if __name__ == "__main__":
-    {start}
-    print(worker if isinstance(worker, int) else "", flush=True)
-    os.kill(os.getpid(), 9)
+    main()
 """
-    Path("pool.py").write_text(script)
-    result = subprocess.run([sys.executable, "pool.py"], capture_output=True, text=True, check=False,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        try:
-            os.kill(int(result.stdout.split()[0]), 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-    pytest.fail("it lives on")
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(workplace, monkeypatch):
+    Path("faulty.py").write_text(FAULTY)
+
+    def killed_in(function, call, *arguments):
+        """The output of a run that gets SIGKILL in a certain call of a function."""
+        result = python("faulty.py", *function.split("."), str(call), *arguments)
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        return result.stdout
+
+    def saved_step():
+        return torch.load("runs/t/checkpoint.pt", weights_only=True)["training"]["step"]
+
+    resume = ["--resume", "t"]
+    killed_in("data.normalize", 3, *IMAGES, "--name", "t")  # in the extraction
+    assert 4 <= np.load(next(Path("cache").glob("*.partial/done.npy"))).sum() <= 8 and saved_step() == 0
+    killed_in("stego.stego_loss", 8, *resume)
+    assert saved_step() == 5
+    killed_in("Path.write_bytes", 2, *resume)  # in the checkpoint of step 10
+    assert saved_step() == 5 and Path("runs/t/checkpoint.pt.tmp").stat().st_size == 1000
+    # In the evaluation, while a CRF process runs. That this returns shows that no process keeps its output.
+    assert "1 children" in killed_in("evaluate.confusion_matrix", 2, *resume, "--crf")
+    assert saved_step() == 12
+    train_here(monkeypatch, *resume, "--no-crf")
+
+    monkeypatch.setattr(data.fill_cache, "__defaults__", (4,))
+    train_here(monkeypatch, *IMAGES, "--name", "undisturbed", "--cache-dir", "other")
+    ours, undisturbed = weights(workplace / "runs/t"), weights(workplace / "runs/undisturbed")
+    assert ours.keys() == undisturbed.keys() and all(torch.equal(ours[key], undisturbed[key]) for key in ours)
+    assert Path("runs/t/log.jsonl").read_text() == Path("runs/undisturbed/log.jsonl").read_text()
+    for array in Path("other").glob("*/*.npy"):
+        assert array.read_bytes() == Path("cache", *array.parts[1:]).read_bytes()
+    assert not list(workplace.glob("*/*.partial")) + list(workplace.glob("runs/*/*.tmp"))
+
+
+def test_ctrl_c_ends_with_a_sentence_and_the_run_goes_on(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *IMAGES, "--name", "t"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell's background jobs ignore
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(stego, "derangement", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        evaluate.run_main(train.main)
+    signal.signal(signal.SIGINT, before)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 130 and "interrupted; a training run goes on with --resume NAME" in error
+    train_here(monkeypatch, "--resume", "t")
+    assert Path("runs/t/scores.json").is_file()
+
+
+def test_a_stopped_extraction_goes_on_where_it_stopped(workplace, monkeypatch):
+    model = stego.Stego(stego.load_backbone("vit.pth"), 5, 3)
+    images = data.load_collection("directory", "images", "train", 3)
+    monkeypatch.setattr(data.fill_cache, "__defaults__", (4,))
+    seen, normalize = [], data.normalize
+
+    def dying(pixels):
+        seen.append(len(pixels))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return normalize(pixels)
+    monkeypatch.setattr(data, "normalize", dying)
+    with pytest.raises(KeyboardInterrupt):
+        data.extract_features(model, images, 32)
+    data.extract_features(model, images, 32)
+    assert seen == [4, 4, 4, 4]  # the first two were kept, the third was done again
+
+
+# ---- several processes ----
+
+TELLING = """
+import torch
+import data, evaluate, stego, train
+evaluate_once, loss_once, batches = evaluate.evaluate, stego.stego_loss, []
+
+def noting(features, *arguments):
+    batches.append(features)
+    return loss_once(features, *arguments)
+
+def telling(model, collection, size, probes, crf, workers, rank, world):
+    found = evaluate_once(model, collection, size, probes, crf, workers, rank, world)
+    one = data.Collection(".", "val", collection.images[:1], collection.labels[:1], collection.names)
+    of_one, _ = evaluate_once(model, one, size, probes, crf, workers, rank, world)
+    torch.save((model.state_dict(), *found, of_one, torch.stack(batches)), f"told-{rank}.pt")
+    return found
+
+evaluate.evaluate, stego.stego_loss = telling, noting
+evaluate.run_main(train.main)
+"""
+
+
+def test_two_processes_share_a_run_and_end_with_one_model(workplace, monkeypatch):
+    Path("telling.py").write_text(TELLING)
+    result = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "telling.py",
+                    "--name", "t", *IMAGES)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("scores, pictures and checkpoint.pt are in") == 1
+    one, other = (torch.load(f"told-{rank}.pt", weights_only=False) for rank in (0, 1))
+    for ours, theirs in ((one[0], other[0]), (one[1], other[1]), (one[3], other[3])):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert one[4].shape == other[4].shape == (12, 2, 16, 4, 4)  # each trains on half of each batch of four
+    assert not torch.equal(one[4] == 0, other[4] == 0)  # with a dropout of its own
+    assert len(one[2]) == len(other[2]) == 1  # and evaluates one image of two
+
+    model, _ = stego.load_checkpoint("runs/t/checkpoint.pt")
+    val = data.load_collection("directory", "images", "val", 3)
+    val_one = data.Collection(".", "val", val.images[:1], val.labels[:1], val.names)
+    for collection, found in ((val, one[1]), (val_one, one[3])):
+        alone, _ = evaluate.evaluate(model, collection, 32, evaluate.model_probes(model), crf=False)
+        assert len(alone) == 3 and all(torch.equal(alone[row], found[row]) for row in alone)
+    train_here(monkeypatch, *IMAGES, "--name", "alone", "--cache-dir", "other")
+    for array in Path("other").glob("*/*.npy"):
+        ours, shared = (np.load(Path(cache, *array.parts[1:])) for cache in ("other", "cache"))
+        np.testing.assert_allclose(ours.astype(float), shared, atol=1e-3)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(workplace, monkeypatch):
+    monkeypatch.setattr(evaluate, "join_processes", lambda _: (torch.device("cpu"), 0, 2))
+    for size in ("3", "2"):
+        with pytest.raises(stego.InputError, match=f"--batch-size {size} must be shared by 2 processes"):
+            train_here(monkeypatch, *IMAGES, "--batch-size", size)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("device, gpus", [("auto", 1), ("cuda", 1), ("cuda:1", 2), ("cuda:0", 2)])
+def test_processes_without_a_gpu_of_their_own_are_refused(device, gpus, monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(stego.InputError, match="has no GPU of its own"):
+        evaluate.join_processes(device)
+
+
+# ---- other systems ----
+
+def test_the_scripts_run_where_there_is_no_fcntl_and_nothing_to_fork(workplace, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.delattr(signal, "pthread_sigmask")
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.delattr(os, "fork")
+    for script in ("stego", "crf", "data", "evaluate", "train"):
+        assert len(runpy.run_path(str(ROOT / f"{script}.py"))) > 10  # what it defines
+    train_here(monkeypatch, *IMAGES, "--name", "t", "--steps", "2")
+    assert Path("runs/t/scores.json").is_file()

@@ -1,7 +1,8 @@
-"""What the README says of the code: lengths of files, names of functions, options."""
+"""What the README says of the code: its commands are understood, and the names in backticks are there."""
 import re
-import subprocess
+import shlex
 import sys
+from pathlib import Path
 
 from conftest import ROOT
 
@@ -15,21 +16,62 @@ README = (ROOT / "README.md").read_text("utf-8")
 MODULES = {"crf": crf, "data": data, "evaluate": evaluate, "stego": stego, "train": train}
 
 
-def test_files_are_as_long_as_it_says():
-    lengths = dict(re.findall(r"\| `(\w+\.py)` \| (\d+) \|", README))
-    assert lengths == {f"{name}.py": str(len((ROOT / f"{name}.py").read_text("utf-8").splitlines())) for name in MODULES}
+def commands(text):
+    """(script, arguments) of each train.py and evaluate.py in the blocks of code, indented or between fences.
+
+    What a person or a shell would fill in, like FOLDER or $seed, is filled in with 1.
+    """
+    fenced, found = False, []
+    for line in text.replace("\\\n", " ").splitlines():
+        fenced ^= line.lstrip().startswith("```")
+        if fenced or line.startswith("    "):
+            called = r"\b(?:python|torchrun)[^#;&|]* (train|evaluate)\.py([^#;&|>]*)"
+            for script, rest in re.findall(called, line):
+                rest = re.sub(r"\$\w+|(?<!\S)[A-Z_]+(?!\S)", "1", rest.replace("...", ""))
+                found.append((script, shlex.split(rest)))
+    return found
 
 
-def test_names_that_it_gives_exist():
-    names = set(re.findall(rf"`({'|'.join(MODULES)})\.(\w+)", README)) - {(name, "py") for name in MODULES}
-    assert len(names) > 15 and not [f"{module}.{name}" for module, name in names if not hasattr(MODULES[module], name)]
+def wrong_commands(text, monkeypatch):
+    """The commands that the parser of their script does not take."""
+    monkeypatch.setattr(Path, "is_file", lambda path: True)  # a run to be resumed
+    monkeypatch.setattr(stego, "read_tensors", lambda path: {"config": {}})
+    wrong = []
+    for script, arguments in commands(text):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        try:
+            MODULES[script].parse_args()
+        except SystemExit as stop:
+            wrong += [f"{script}.py {' '.join(arguments)}"] * (stop.code != 0)  # --help
+    return wrong
 
 
-def test_options_that_it_gives_exist():
-    elsewhere = {"--nproc_per_node", "--teacher", "--photo", "--quick", "--rows"}  # of torchrun and other scripts
-    told = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README))
-    known = set()
-    for script in ("train.py", "evaluate.py"):
-        printed = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True).stdout
-        known |= set(re.findall(r"(?<![\w-])--[a-z][\w-]+", printed))
-    assert len(told) > 30 and not told - known - elsewhere
+def wrong_names(text):
+    """Names in backticks such as `stego.unit` that no module has."""
+    names = re.findall(rf"`(?:[^`\n]*[^`\n\w./])?({'|'.join(MODULES)})\.([a-zA-Z_]\w*)", text)
+    return [f"{module}.{name}" for module, name in names
+            if name != "py" and not hasattr(MODULES[module], name)]
+
+
+def test_its_commands_are_understood_and_its_names_are_there(monkeypatch):
+    assert len(commands(README)) >= 5 and "`stego." in README
+    assert not wrong_commands(README, monkeypatch) + wrong_names(README)
+
+
+def test_wrong_commands_and_names_would_be_found(monkeypatch):
+    text = """
+    python train.py --data-root FOLDER --num-classes N --seed $seed   # any --comment
+    for seed in 0 1; do python train.py --seed $seed --name s$seed; done
+    torchrun --nproc_per_node=4 train.py ... --resume scenes-1 --steps 40
+    python evaluate.py runs/* --split dev; python evaluate.py --compare RUN RUN && python train.py --help
+```
+python train.py --seeds 3 \\
+    --no-crf
+python evaluate.py --checkpoint runs/t
+```
+Not in code: python train.py --never. `stego.unit`, `see data.views(image)`, `train.py`, `crf.no`.
+"""
+    assert len(commands(text)) == 8
+    wrong = ["train.py --seeds 3 --no-crf", "evaluate.py --checkpoint runs/t"]
+    assert wrong_commands(text, monkeypatch) == wrong
+    assert wrong_names(text) == ["crf.no"]

@@ -1,0 +1,313 @@
+"""Weights of others: DINOv3, the names of Meta, timm and transformers, files, refusals, downloads."""
+import argparse
+import json
+import os
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as nnf
+from conftest import ROOT
+from torch import nn
+
+import stego
+
+GOLDEN = {key: torch.from_numpy(value)  # of Meta's DINOv3 module; "gated" of transformers
+          for key, value in np.load(ROOT / "tests/golden_dinov3.npz").items()}
+META = {key[2:]: value for key, value in GOLDEN.items() if key.startswith("w/")}
+FAMILIES = {
+    "dino": {}, "dinov2": {"layer_scale": True}, "dinov2_reg": {"layer_scale": True, "registers": 4},
+    "dinov3": {"layer_scale": True, "registers": 4, "rotary": True},
+    "dinov3_plus": {"layer_scale": True, "registers": 4, "rotary": True, "swiglu": True, "hidden_dim": 96}}
+
+
+def random_vit(family, **changes):
+    """A tiny random ViT of this family with two heads; its key bias is 0, as that of all DINOv3 models."""
+    vit = stego.VisionTransformer(**{"patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2,
+                                     "image_size": 32, **FAMILIES[family], **changes}).eval()
+    for name, parameter in vit.named_parameters():
+        nn.init.normal_(parameter, mean=float(name.endswith(("norm1.weight", "gamma"))), std=0.1)
+        if name.endswith("qkv.bias") and vit.rotary:
+            parameter.data[128:256] = 0
+    return vit.requires_grad_(False)
+
+
+def patch_tokens(vit, images, **options):
+    return vit(images, **options).flatten(2).transpose(1, 2)  # (N, h w, D)
+
+
+def assert_equal_features(vit, expected, atol=1e-5):
+    for size in ((32, 32), (40, 56)):
+        images = torch.randn(1, 3, *size)
+        for facet in ("token", "key"):
+            torch.testing.assert_close(vit(images, facet), expected(images, facet), rtol=0, atol=atol)
+
+
+# ---- DINOv3 ----
+
+@pytest.mark.parametrize("n", [0, 1])  # square, wide
+def test_dinov3_equals_metas_module(n):
+    tokens = patch_tokens(stego.vit_from_state_dict(META), GOLDEN[f"image{n}"])
+    torch.testing.assert_close(tokens, GOLDEN[f"tokens{n}"], rtol=0, atol=1e-5)
+    assert torch.equal(stego.rotary_periods(64), META["rope_embed.periods"])  # for files without them
+
+
+def test_positions_of_dinov2_with_registers_are_averaged_when_there_are_fewer_patches():
+    vit, margin = random_vit("dinov2_reg", image_size=64), torch.ones(8, 8)
+    margin[2:-2, 2:-2] = 0  # all that bicubic interpolation reads without antialiasing
+    vit.pos_embed[:, 1:] = margin.reshape(1, 64, 1)
+    assert vit.position_embedding(1, 1)[:, 1:].min() > 0.1
+
+
+def test_dinov3_with_gated_mlps_as_transformers_saves_it_equals_transformers():
+    file = ROOT / "tests/golden_dinov3_gated.safetensors"
+    tokens = patch_tokens(stego.load_backbone(file), GOLDEN["gated_image"])
+    torch.testing.assert_close(tokens, GOLDEN["gated_tokens"], rtol=0, atol=1e-3)
+    exact = {"rope_embed.periods": 100 ** (torch.arange(16) / 16)}  # transformers does not round them
+    tokens = patch_tokens(stego.vit_from_state_dict(stego.read_tensors(file) | exact), GOLDEN["gated_image"])
+    torch.testing.assert_close(tokens, GOLDEN["gated_tokens"], rtol=0, atol=1e-5)
+
+
+def test_rotary_attention_with_several_heads_equals_a_slow_loop():
+    """Rotating the numbers k and k + d / 2 of a head is a multiplication of complex numbers."""
+    vit, x = random_vit("dinov3"), torch.randn(1, 5 + 3 * 4, 128)
+    turn = torch.ones(17, 32, dtype=torch.cfloat)
+    for i, j, k in np.ndindex(3, 4, 16):
+        for first, coordinate in ((0, (2 * i + 1) / 3 - 1), (16, (2 * j + 1) / 4 - 1)):
+            angle = 2 * np.pi * coordinate / vit.rope_embed.periods[k].item()
+            turn[5 + 4 * i + j, first + k] = np.exp(1j * angle)
+    attention, heads = vit.blocks[0].attn, []
+    torch.testing.assert_close(attention.keys(x)[0], attention.qkv(x[0])[:, 128:256])  # not rotated
+    for q, k, v in zip(*(part.split(64, 1) for part in attention.qkv(x[0]).split(128, 1))):
+        q, k = (turn * torch.complex(part[:, :32], part[:, 32:]) for part in (q, k))
+        heads.append(((q @ k.conj().T).real / 8).softmax(1) @ v)
+    expected = attention.proj(torch.cat(heads, 1))[None]
+    torch.testing.assert_close(attention(x, vit.rotation(3, 4)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("facet", ["token", "key"])
+def test_dinov3_in_bfloat16_is_finite_and_close(facet):
+    vit, images = random_vit("dinov3_plus"), torch.randn(2, 3, 32, 48)
+    fast, exact = (stego.Stego(vit, 3, 2, facet=facet, precision=precision).features(images)
+                   for precision in (torch.bfloat16, torch.float32))
+    assert fast.dtype == torch.float32 and fast.isfinite().all() and not torch.equal(fast, exact)
+    assert torch.equal(exact, vit(images, facet))
+    assert nnf.cosine_similarity(fast, exact, dim=1).min() > 0.999
+
+
+# ---- names ----
+
+def renamed(state, rules, prefix=""):
+    out = {}
+    for name, value in state.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        out[prefix + name] = value
+    return out
+
+
+def transformers_names(vit, family, prefix=""):
+    """The weights as transformers saves ViTModel, Dinov2Model, Dinov2WithRegistersModel or DINOv3ViTModel."""
+    rules = [("register_tokens|cls_token", r"embeddings.\g<0>"), (r"ls(\d)\.gamma", r"layer_scale\1.lambda1")]
+    if vit.rotary:
+        query, rest, norm = "attention.{}_proj", "attention.o_proj", "norm"
+        rules += [("^blocks", "layer"), ("patch_embed.proj", "embeddings.patch_embeddings"),
+                  ("fc1|w2", "up_proj"), ("fc2|w3", "down_proj"), ("w1", "gate_proj")]
+    else:
+        query, rest, norm = "attention.attention.{}", "attention.output.dense", "layernorm"
+        rules += [("^blocks", "encoder.layer"), ("pos_embed", "embeddings.position_embeddings"),
+                  ("patch_embed.proj", "embeddings.patch_embeddings.projection")]
+    if family == "dino":
+        rules += [("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
+                  ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense")]
+    state = {"embeddings.mask_token": torch.ones(1), "pooler.dense.weight": torch.ones(2, 2)}
+    for name, value in vit.state_dict().items():
+        names = "qkv" if vit.rotary else ("query", "key", "value")
+        parts = zip(names, value.chunk(3)) if ".attn.qkv." in name else [(None, value)]
+        state |= {name.replace("attn.qkv", query.format(part)): rows for part, rows in parts
+                  if name != "rope_embed.periods" and (part, name[-4:]) != ("k", "bias")}
+    return renamed(state, [*rules, ("attn.proj", rest), (r"^norm\.", f"{norm}.")], prefix)
+
+
+def timm_names(vit):
+    state, rules = vit.state_dict(), [("register_tokens", "reg_token")]
+    if vit.rotary:
+        rules += [(r"ls(\d)\.gamma", r"gamma_\1"), ("w1", "fc1_g"), ("w2", "fc1_x"), ("w3", "fc2")]
+        del state["rope_embed.periods"]
+        for name in [name for name in state if name.endswith("qkv.bias")]:
+            q, _, v = state.pop(name).chunk(3)
+            state |= {name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}
+    elif vit.registers:  # the class token holds its position
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    return renamed(state, rules)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("names", ["Meta", "transformers", "transformers, prefixed", "timm"])
+def test_names_and_shapes_give_the_model(family, names):
+    vit = random_vit(family)
+    state = {"Meta": vit.state_dict(), "timm": timm_names(vit),
+             "transformers": transformers_names(vit, family),
+             "transformers, prefixed": transformers_names(vit, family, "module.backbone.")}[names]
+    read = stego.vit_from_state_dict(state)
+    assert read.state_dict().keys() == vit.state_dict().keys() and read.num_heads == 2
+    assert_equal_features(read, vit)
+
+
+def test_biases_that_are_not_there_are_zero_and_those_of_keys_are_masked():
+    vit = random_vit("dinov3")
+    state = {name: value + 7 * name.endswith("qkv.bias") for name, value in vit.state_dict().items()}
+    state["blocks.0.attn.qkv.bias_mask"], state["mask_token"] = torch.ones(384), torch.ones(1, 128)
+    for block in stego.vit_from_state_dict(state).blocks:
+        assert (block.attn.qkv.bias == 0).nonzero().flatten().tolist() == list(range(128, 256))
+    for block in vit.blocks:
+        block.attn.qkv.bias.zero_()
+    state = {name: value for name, value in timm_names(vit).items() if "_bias" not in name}
+    assert_equal_features(stego.vit_from_state_dict(state), vit)
+
+
+# ---- files ----
+
+def write_safetensors(path, tensors, padding=b"", **changes):
+    """A .safetensors file of name -> (dtype, shape, bytes). changes: entries of the header, put in place."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, (dtype, shape, content) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    text = json.dumps(header | changes).encode() + padding
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def test_safetensors_of_every_type_are_read_as_they_are(tmp_path):
+    values = {"U8": torch.tensor([7], dtype=torch.uint8),  # so that the next ones are not aligned
+              "F64": torch.randn(2, 3).double(), "F32": torch.randn(4), "F16": torch.randn(2, 1, 2).half(),
+              "BF16": torch.randn(3).bfloat16(), "BOOL": torch.tensor([True, False]),
+              "I64": torch.tensor([-1, 2 ** 40]), "F32 scalar": torch.tensor(2.5),
+              "F32 empty": torch.empty(0, 3)}
+    path = write_safetensors(tmp_path / "a.safetensors", {
+        name: (name.split()[0], list(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, value in values.items()}, padding=b"    ")
+    read = stego.read_tensors(path)
+    assert read.keys() == values.keys()
+    for name, value in values.items():
+        assert torch.equal(read[name], value) and read[name].dtype == value.dtype
+
+
+@pytest.mark.parametrize("entry, reason", [
+    ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "fit"),  # beyond the end
+    ({"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}, "fit"),
+    ({"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}, "fit"),
+    ({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}, "fit"),
+    ({"dtype": "F32", "shape": [10 ** 9, 10 ** 9], "data_offsets": [0, 4]}, "shape"),
+    ({"dtype": "F32", "shape": [1], "data_offsets": [0, 3]}, "multiple"),
+    ({"dtype": "U8", "shape": [5], "data_offsets": [0, 5]}, "fit"),  # more than the file, with the other one
+    ({"dtype": "F7", "shape": [2], "data_offsets": [0, 8]}, "F7"), (3, "int")])
+def test_a_safetensors_file_with_a_bad_entry_is_refused(entry, reason, tmp_path):
+    tensors = {"w": ("F32", [1], bytes(4)), "x": ("F32", [1], bytes(4))}
+    path = write_safetensors(tmp_path / "a.safetensors", tensors, x=entry)
+    with pytest.raises(stego.InputError, match=rf"a\.safetensors: .*{reason}"):
+        stego.read_tensors(path)
+
+
+def save_safetensors(state, path):
+    return write_safetensors(path, {name: ("F32", list(value.shape), value.numpy().tobytes())
+                                    for name, value in state.items()})
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: {"teacher": {f"module.backbone.{key}": value for key, value in state.items()}
+                   | {"module.head.mlp.0.weight": torch.ones(2)}, "student": {}, "epoch": 3},
+    lambda state: {"teacher": {f"backbone.{key}": value for key, value in state.items()}
+                   | {"dino_head.mlp.0.weight": torch.ones(2), "ibot_head.mlp.0.weight": torch.ones(2)}},
+    lambda state: {"model": state, "args": argparse.Namespace(arch="vit_small", lr=5e-4), "optimizer": {}},
+    lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3},
+    lambda state: {**state, "mask_token": torch.zeros(1, 128), "head.weight": torch.zeros(3, 128)},
+    lambda state: {key: value.half() for key, value in state.items()}])
+def test_files_of_training_runs_give_their_backbone_frozen(wrap, tmp_path):
+    vit = random_vit("dinov3")
+    torch.save(wrap(vit.state_dict()), tmp_path / "w.pth")
+    backbone = stego.load_backbone(tmp_path / "w.pth")
+    assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in backbone.parameters())
+    for name, value in backbone.state_dict().items():
+        torch.testing.assert_close(value, vit.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_folder_of_save_pretrained_is_read_as_its_model_safetensors(tmp_path):
+    vit = random_vit("dinov2_reg")
+    save_safetensors(transformers_names(vit, "dinov2_reg"), tmp_path / "model.safetensors")
+    assert_equal_features(stego.load_backbone(tmp_path), vit)
+
+
+ONES = torch.ones(64)
+FOREIGN = {
+    "clip": ({"text_model.embeddings.position_ids": torch.arange(3), "visual_projection.weight": ONES,
+              "vision_model.embeddings.patch_embedding.weight": ONES}, "text_model"),
+    "mae": ({"model": random_vit("dino").state_dict() | {"decoder_embed.weight": ONES}}, "decoder_embed"),
+    "swin": ({"patch_embed.proj.weight": torch.ones(64, 3, 4, 4), "norm.weight": ONES,
+              "layers.0.blocks.0.norm1.weight": ONES}, "layers.0.blocks.0.norm1"),
+    "resnet": ({"conv1.weight": ONES, "bn1.num_batches_tracked": torch.tensor(3)}, "conv1.weight, bn1"),
+    "mmseg": ({"backbone.layers.0.blocks.0.attn.w_msa.qkv.weight": ONES}, "w_msa"),
+    "optimizer": ({"param_groups": [{"lr": 0.1}], "state": {}}, "param_groups"),
+    "lacking": ({k: v for k, v in random_vit("dino").state_dict().items() if k != "norm.bias"}, "norm.bias"),
+    "misshapen": (random_vit("dino").state_dict() | {"blocks.1.mlp.fc1.weight": torch.ones(3, 3)},
+                  "blocks.1.mlp.fc1.weight"),
+    "oblong": (random_vit("dino").state_dict() | {"pos_embed": torch.ones(1, 16, 128)}, "pos_embed"),
+    "empty": ({}, "patch_embed"), "number": (3, "int"), "complex": ({"x": torch.ones(2) * 1j}, "but x")}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_other_files_are_refused_in_one_sentence_that_names_what_was_found(name, tmp_path):
+    torch.save(FOREIGN[name][0], tmp_path / f"{name}.pth")
+    with pytest.raises(stego.InputError, match=FOREIGN[name][1]) as refused:
+        stego.load_backbone(tmp_path / f"{name}.pth")
+    assert f"{name}.pth" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_what_is_not_there_is_answered_with_the_names_that_are_known(tmp_path):
+    for name in ("missing.pth", tmp_path):
+        with pytest.raises(stego.InputError, match="neither a file nor one of vit_tiny_scenes, dino_vits16"):
+            stego.load_backbone(name)
+
+
+# ---- downloads ----
+
+@pytest.fixture
+def internet(tmp_path, monkeypatch):
+    """Address -> bytes: what downloads give, into a folder of the test. Each can be had once."""
+    def download(url, target):
+        if url not in internet:
+            raise OSError("no route to host")
+        Path(target).write_bytes(internet.pop(url))
+
+    internet = {}
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return internet
+
+
+def test_two_files_of_one_name_are_downloaded_once_each(internet, tmp_path):
+    vits = {f"https://x.org/{name}/model.safetensors": random_vit(name) for name in ("dino", "dinov3")}
+    for address, vit in vits.items():
+        internet[address] = save_safetensors(vit.state_dict(), tmp_path / "w").read_bytes()
+    for address in (*vits, *vits):
+        assert_equal_features(stego.load_backbone(address), vits[address])
+
+
+@pytest.mark.parametrize("broken", [lambda whole: None, lambda whole: whole[:9999], lambda whole: b"<html>"])
+def test_a_broken_download_leaves_nothing_and_the_next_one_is_whole(broken, internet, tmp_path):
+    address = stego.BACKBONES["dino_vits8"]
+    whole = save_safetensors(random_vit("dino").state_dict(), tmp_path / "w").read_bytes()
+    if broken(whole):
+        internet[address] = broken(whole)
+    with pytest.raises(stego.InputError, match=f"cannot download {address} .*--backbone FILE"):
+        stego.load_backbone("dino_vits8")
+    assert os.listdir(tmp_path / "hub/checkpoints") == []
+    internet[address] = whole
+    assert stego.load_backbone("dino_vits8").patch_size == 8
+    assert os.listdir(tmp_path / "hub/checkpoints") == ["dino_deitsmall8_pretrain.pth"]
