@@ -134,14 +134,15 @@ class Collection:
 
     def fingerprint(self):
         """Plain values that change whenever a file does."""
-        files = [path for path in self.images + self.labels if path]
-        return [self.classes.tolist(), [(os.path.relpath(path, self.folder), path.stat().st_size,
-                                         path.stat().st_mtime_ns) for path in files]]
+        stats = [(os.path.relpath(path, self.folder), path.stat()) for path in self.images + self.labels if path]
+        return [self.classes.tolist() if self.has_labels else None,
+                [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
 
 
-def check_files(collection, workers, rank=0):
+def check_files(collections, workers, rank=0):
     """Reads every image and label once, before hours go into them. Raises InputError that names all bad."""
-    def problem(i):
+    def problem(item):
+        collection, i = item
         try:
             image, label = collection.image(i), collection.label(i)
             if label is not None and label.shape != (image.height, image.width):
@@ -149,13 +150,13 @@ def check_files(collection, workers, rank=0):
         except InputError as error:
             return str(error)
 
-    if not isinstance(collection, Scenes):
-        n = len(collection)
-        checks = progress(in_threads(problem, range(n), workers), "checking files", "image", n, rank=rank)
-        bad = [sentence for sentence in checks if sentence]
-        if bad:
-            more = f"; and {len(bad) - 10:,} more" if len(bad) > 10 else ""
-            raise InputError(f"bad files ({len(bad):,}), to be fixed or removed: {'; '.join(bad[:10])}{more}")
+    items = [(collection, i) for collection in collections if not isinstance(collection, Scenes)
+             for i in range(len(collection))]
+    checks = progress(in_threads(problem, items, workers), "checking files", "image", len(items), rank=rank)
+    bad = list(dict.fromkeys(sentence for sentence in checks if sentence))  # val may be the training images
+    if bad:
+        more = f"; and {len(bad) - 10:,} more" if len(bad) > 10 else ""
+        raise InputError(f"bad files ({len(bad):,}), to be fixed or removed: {'; '.join(bad[:10])}{more}")
 
 
 @functools.cache

@@ -177,8 +177,8 @@ def sample_positions(maps, n_points=50_000, seed=0):
 def random_pair_rate(vectors, n_classes, seed=0):
     """Share of pairs of random points that show one of n classes, sum_c share_c^2, from features (N, D).
 
-    The classes are what average linkage makes of 8n small clusters. It asks for the mean cosine of the pairs
-    of points in two groups, however large they are; Ward's method, or k-means with n clusters, would even out
+    The classes are what linkage makes of 8n small clusters. It asks for the mean cosine of the pairs of
+    points in two groups, hardly for their sizes; Ward's method, or k-means with n clusters, would even out
     the sizes, and so find the 1 / n that even classes have.
     """
     vectors = nnf.normalize(vectors.float().cpu(), dim=1)
@@ -186,14 +186,14 @@ def random_pair_rate(vectors, n_classes, seed=0):
     centroids = kmeans(vectors, n_clusters, restarts=1, seed=seed, iterations=20)
     members = nnf.one_hot((vectors @ centroids.T).argmax(1), n_clusters).float()  # (N, n_clusters)
     members = members[:, members.any(0)]
-    group = stego.average_linkage(members.T @ vectors, members.sum(0), n_classes)
+    group = stego.linkage(members.T @ vectors, members.sum(0), n_classes)
     return torch.bincount(group, members.mean(0)).square().sum().item()
 
 
 def merge_near(centroids, threshold=0.9):
     """Makes one of unit centroids (n, C) whose mean cosine is above the threshold: k-means splits a compact
     cluster where it is asked for more clusters than there are."""
-    group = stego.average_linkage(centroids, torch.ones(len(centroids)), 1, threshold)
+    group = stego.linkage(centroids, torch.ones(len(centroids)), 1, threshold)
     return nnf.normalize(nnf.one_hot(group).float().T @ centroids, dim=1)
 
 
@@ -366,7 +366,7 @@ def segment(model, collection, size, probes, crf=True, workers=2, rank=0, world=
     if crf:  # spawned processes of one BLAS thread each: several would fight for the cores
         os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
         pool = ProcessPoolExecutor(max(1, workers), get_context("spawn"), start_crf_process)
-        torch.set_num_threads(max(1, threads - workers))
+        torch.set_num_threads(max(1, threads // 2))
 
     def read(i):
         return data.image_views(collection, i, size)[0], data.label_views(collection, i, size)[0]
@@ -498,7 +498,7 @@ def table(results, best=None):
 
 def compare(folders):
     """Prints a table for each group of finished runs that differ in their seed alone: mean ± deviation."""
-    varying = {"seed", "name", "resume", "preset", "device", "workers", "cache_dir", "cache_gb"}
+    varying = {"seed", "name", "resume", "preset", "device", "workers", "cache_dir", "cache_gb", "commonest"}
     groups = {}
     for folder in map(Path, folders):
         if not (folder / "scores.json").is_file():
@@ -540,12 +540,11 @@ def read_legend(path, n_clusters):
 
 
 @torch.no_grad()
-def predict(model, probe, image, size, crf=True, classes=None):
+def predict(model, probe, image, size, crf=True):
     """Clusters of one PIL image of any size, as (H, W) uint8 at its own size. model: in eval mode.
 
     The network sees the whole image, its shorter side resized to `size` and the longer to at most four times
-    that, both rounded to patches. CRF at that resolution, then the probabilities are upsampled. classes:
-    (n_clusters,), the class of each cluster, where classes are wanted.
+    that, both rounded to patches. CRF at that resolution, then the probabilities are upsampled.
     """
     image, patch = image.convert("RGB"), model.backbone.patch_size
     scale, device = size / min(image.size), next(model.head.parameters()).device
@@ -553,9 +552,6 @@ def predict(model, probe, image, size, crf=True, classes=None):
     pixels = TF.pil_to_tensor(TF.resize(image, (h, w), data.RESIZE))
     codes = flip_averaged(model, data.normalize(pixels[None].to(device)))[1]
     probabilities = log_probabilities(probe, codes, (h, w))[0].exp().cpu()  # (n_clusters, h, w)
-    if classes is not None:
-        summed = torch.zeros(max(classes) + 1, h, w)
-        probabilities = summed.index_add_(0, torch.as_tensor(classes), probabilities)
     if crf:
         probabilities = torch.from_numpy(dense_crf(pixels.permute(1, 2, 0).numpy(), probabilities.numpy()))
     # Class by class: a photo of 12 megapixels times all classes would be gigabytes.
@@ -586,7 +582,7 @@ def predict_folder(model, probe, folder, out, size, names, colours, crf=True):
         if taken[target] > 1:
             raise InputError(f"{path}: its result, {target}, would have the name of another; rename it")
     class_names = list(dict.fromkeys(names))
-    classes = [class_names.index(name) for name in names]
+    class_of = np.array([class_names.index(name) for name in names], np.uint8)  # by cluster
     palette = [colours[names.index(name)] for name in class_names]
     out.mkdir(parents=True, exist_ok=True)
     write_legend(out / "classes.json", class_names, palette)
@@ -598,7 +594,7 @@ def predict_folder(model, probe, folder, out, size, names, colours, crf=True):
             bad.append(str(error))
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        segmented = Image.fromarray(predict(model, probe, image, size, crf, classes))
+        segmented = Image.fromarray(class_of[predict(model, probe, image, size, crf)])
         segmented.putpalette(np.array(palette, np.uint8).tobytes())
         overlay = Image.blend(image, segmented.convert("RGB"), 0.5)
         segmented.save(target)
@@ -912,11 +908,11 @@ def parse_args():
     add = parser.add_argument
     add("--out", metavar="FOLDER", help="where results go; eval-<split> beside the checkpoint if not given")
     add("--split", default="val", help="val (default), train; dev of the scenes; unlabelled_train of potsdam")
-    add("--dataset", choices=data.DATASETS, help="this and the next three: as in training if not given")
+    add("--dataset", choices=data.DATASETS, help="this and the next four: as in training if not given")
     add("--data-root")
     add("--num-classes", type=int)
     add("--eval-resolution", type=int)
-    add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add("--precision", choices=("auto", "float32", "bfloat16", "float16"))
     add_machine_options(add)
     args = parser.parse_args()
     if not args.run and not args.compare:
@@ -935,7 +931,7 @@ def main():
     path = path / "checkpoint.pt" if path.is_dir() else path
     device, rank, world = join_processes(args.device)
     model, config = stego.load_checkpoint(path, device)
-    model.precision = choose_precision(args.precision, device)
+    model.precision = choose_precision(args.precision or config.get("precision", "auto"), device)
     probes, patch = model_probes(model), model.backbone.patch_size
     size = data.round_to_patch(args.eval_resolution or config["eval_resolution"], patch)
     probe = probes[prediction_row(probes)]
@@ -950,7 +946,7 @@ def main():
         n_classes = config["num_classes"]
     split = "train" if args.correspondences else args.split
     collection = data.load_collection(args.dataset or config["dataset"], data_root, split, n_classes)
-    data.check_files(collection, args.workers, rank)
+    data.check_files([collection], args.workers, rank)
     folder = path.with_suffix("") if path.suffix == ".ckpt" else path.parent  # the authors' lie side by side
     out = Path(args.out or folder / f"eval-{split}")
     if args.correspondences:

@@ -23,6 +23,7 @@ import http.client
 import io
 import json
 import math
+import mmap
 import os
 import pickle
 import re
@@ -319,20 +320,24 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
 
 # ---- Shifts without tuning: as many pairs attract as seem to show the same class ----
 
-def average_linkage(sums, sizes, n_groups, threshold=-1.0):
-    """Merges, again and again, the two groups of unit vectors whose members have the highest mean cosine,
+def linkage(sums, sizes, n_groups, threshold=-1.0):
+    """Merges, again and again, two of m groups of unit vectors: those of the smallest
 
-        s_i . s_j / (m_i m_j)
+        (1 - s_i . s_j / (m_i m_j)) (m_i m_j / (m_i + m_j))^(1/16)
 
-    until n_groups are left, or no two are above the threshold. sums s: (m, C), of the vectors in each group;
-    sizes: (m,), how many they are. Returns the new group of each old one, (m,) of 0, 1, ...
+    The first factor is one minus the mean cosine of their members, as in average linkage; the second, of
+    Ward's method with exponent 1, keeps a group from swallowing all others for its size. Ends with n_groups,
+    or where the mean cosine is not above the threshold. sums s: (m, C), of the vectors in each group; sizes:
+    (m,), how many they are. Returns the new group of each old one, (m,) of 0, 1, ...
     """
     sums, sizes = sums.double().clone(), sizes.double().clone()
     group, left = torch.arange(len(sums)), torch.ones(len(sums), dtype=torch.bool)
     for _ in range(len(sums) - n_groups):
-        cosine = sums @ sums.T / (sizes[:, None] * sizes)
-        cosine[~left], cosine[:, ~left] = -torch.inf, -torch.inf
-        i, j = divmod(int(cosine.fill_diagonal_(-torch.inf).argmax()), len(sums))
+        products = sizes[:, None] * sizes
+        cosine = sums @ sums.T / products
+        cost = (1 - cosine) * (products / (sizes[:, None] + sizes)) ** (1 / 16)
+        cost[~left], cost[:, ~left] = torch.inf, torch.inf
+        i, j = divmod(int(cost.fill_diagonal_(torch.inf).argmin()), len(sums))
         if cosine[i, j] <= threshold:
             break
         sums[i] += sums[j]
@@ -436,7 +441,7 @@ class InputError(ValueError):
 @contextlib.contextmanager
 def replacing(path):
     """Gives a temporary name to write to, and then renames it to `path`, which is never half-written."""
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary
         os.replace(temporary, path)
@@ -470,24 +475,14 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
 
 def read_safetensors(path):
     """The tensors of a .safetensors file: the length of a JSON header, the header, then their bytes."""
-    size, tensors = os.path.getsize(path), {}
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        start = 8 + length
-        room = size - start
-        if room < 0 or length > 2 ** 24:
-            raise ValueError("its header is longer than the file, or than 16 MB")
-        for name, entry in json.loads(file.read(length)).items():
-            if name == "__metadata__":
-                continue
+        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))  # nothing is read twice
+    start = 8 + int.from_bytes(content[:8], "little")
+    tensors = {}
+    for name, entry in json.loads(bytes(content[8:start])).items():
+        if name != "__metadata__":
             begin, end = entry["data_offsets"]
-            dtype = SAFETENSORS_TYPES[entry["dtype"]]
-            room -= end - begin  # tensors that overlap would take more memory than the file
-            if not 0 <= begin <= end <= size - start or room < 0 or min(entry["shape"], default=0) < 0:
-                raise ValueError(f"the offsets or the shape of {name} do not fit the file")
-            file.seek(start + begin)
-            content = bytearray(file.read(end - begin))
-            tensor = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            tensor = torch.frombuffer(content[start:][begin:end], dtype=SAFETENSORS_TYPES[entry["dtype"]])
             tensors[name] = tensor.reshape(entry["shape"])
     return tensors
 
@@ -496,7 +491,7 @@ def read_tensors(path):
     """What torch.save or safetensors wrote, on the CPU, running no code of the file's. Raises InputError."""
     try:
         with open(path, "rb") as file:
-            if file.read(9)[8:] == b"{":
+            if file.read(9)[8:] == b"{":  # of .safetensors: 8 bytes of length, then JSON
                 return read_safetensors(path)
         # torch.load takes old files, which are no zip files, with tensors and plain data alone.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []

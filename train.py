@@ -183,8 +183,11 @@ def main():
     if args.batch_size % world or args.batch_size < 2 * world:
         raise InputError(f"--batch-size {args.batch_size} must be shared by {world} processes, at least 2 "
                          "images each: the negatives are the other images of a process")
-    data.check_files(train, args.workers, rank)
-    data.check_files(val, args.workers, rank)
+    if args.num_clusters > min(stego.VOID, n * (size // model.backbone.patch_size) ** 2):
+        raise InputError(f"--num-clusters {args.num_clusters} is more than {stego.VOID}, or than the patches "
+                         "of all training views")
+    if not args.resume:
+        data.check_files([train, val], args.workers, rank)
 
     # ---- the run's folder ----
     name = [args.resume or args.name or free_name(args.dataset)]
@@ -344,7 +347,7 @@ def main():
         if train.has_labels:
             args.commonest = evaluate.commonest_classes(features, views, clusters, n_clusters,
                                                         train.n_classes)
-    save(args.steps)
+    save(max(first_step, args.steps))
     clock["clusters"] = time.perf_counter()
 
     # ---- evaluation ----
