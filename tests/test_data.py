@@ -77,18 +77,6 @@ def test_a_label_may_have_a_palette_but_not_colours(tmp_path):
         data.read_label(tmp_path / "rgb.png")
 
 
-def test_all_bad_files_are_named_together(folder):
-    data.check_files(data.directory(folder, "train", 4), 2)  # nothing is wrong
-    (folder / "labels/train/b.png").write_bytes(b"")
-    save_label(folder / "labels/train/a.png", np.zeros((10, 20), np.uint8))
-    for i in range(12):
-        (folder / f"imgs/train/bad{i:02}.jpg").write_bytes(b"")
-    with pytest.raises(stego.InputError, match=r"^bad files \(14\).*; and 4 more$") as raised:
-        data.check_files(data.directory(folder, "train", 4), 2)
-    for told in ("a.png: (20, 10) pixels, but its image has (40, 30)", "b.png: not a readable", "bad07.jpg"):
-        assert told in str(raised.value)
-
-
 def test_class_colours_are_distinct_and_never_black_or_white():
     colours = {tuple(colour) for colour in data.class_palette(255).tolist()}
     assert len(colours) == 255 and not colours & {(0, 0, 0), (255, 255, 255)}
@@ -142,15 +130,6 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "photos/linked").symlink_to(tmp_path / "other")
     (tmp_path / "other/circle").symlink_to(tmp_path / "photos")
     assert [path.name for path in data.directory(tmp_path / "photos", "train", 2).images] == ["a.jpg"]
-
-
-def test_what_is_wrong_with_a_directory_is_said(folder):
-    for root, split, n_classes, message in (
-            (None, "train", 4, "needs --data-root"), (folder / "nowhere", "train", 4, "nowhere: there is no"),
-            (folder, "test", 4, r"imgs/test: no images \(.bmp"), (folder, "train", None, "--num-classes"),
-            (folder, "train", 256, "1 to 255")):
-        with pytest.raises(stego.InputError, match=message):
-            data.load_collection("directory", root, split, n_classes)
 
 
 # ---- published data sets, each on a few files in its own layout ----
@@ -376,48 +355,6 @@ def test_another_file_weight_size_crop_facet_or_precision_is_another_cache(folde
         change()
         seen.append(key())
     assert len(set(seen)) == len(seen) == 10
-
-
-def test_an_extraction_that_was_stopped_goes_on_with_what_is_missing(workplace, backbone, monkeypatch):
-    train, image_views, read = data.directory(workplace / "images", "train", 3), data.image_views, []
-    monkeypatch.setattr(data, "image_views", lambda c, i, *how: read.append(i) or image_views(c, i, *how))
-    undisturbed = extract(backbone, train, crop="five", cache_dir="one")
-    features, calls = stego.Stego.features, []
-
-    def stop(model, images):
-        calls.append(len(images))
-        return features(model, images) if len(calls) < 2 else 1 / 0
-
-    monkeypatch.setattr(stego.Stego, "features", stop)
-    with pytest.raises(ZeroDivisionError):
-        extract(backbone, train, crop="five", cache_dir="two")
-    assert calls == [30, 30]  # views of 6 images each, as the memory should not grow with the crop
-    assert [path.suffix for path in (workplace / "two").iterdir()] == [".partial"]
-    monkeypatch.setattr(stego.Stego, "features", features)
-    read.clear()
-    resumed = extract(backbone, train, crop="five", cache_dir="two")
-    assert sorted(read) == [6, 7, 8, 9, 10, 11]
-    assert [path.suffix for path in (workplace / "two").iterdir()] == [""]  # renamed
-    for name in ("maps", "vectors", "labels"):
-        assert torch.equal(getattr(resumed, name), getattr(undisturbed, name))
-    extract(backbone, train, crop="five", cache_dir="two")
-    assert len(read) == 6  # the next run reads no image
-
-
-def test_the_shares_of_two_processes_make_the_features_of_one(workplace, backbone, monkeypatch):
-    train, image_views, read = data.directory(workplace / "images", "train", 3), data.image_views, []
-    monkeypatch.setattr(data, "image_views", lambda c, i, *how: read.append(i) or image_views(c, i, *how))
-
-    def second_process():  # the first one waits for it
-        monkeypatch.setattr(data.dist, "barrier", lambda: None)
-        extract(backbone, train, cache_dir="two", rank=1, world=2)
-
-    monkeypatch.setattr(data.dist, "barrier", second_process)
-    shared = extract(backbone, train, cache_dir="two", rank=0, world=2)
-    assert read == [0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]
-    assert torch.equal(shared.vectors, extract(backbone, train, cache_dir="one").vectors)
-    assert torch.equal(shared.maps, extract(backbone, train, cache_dir="one").maps)
-    assert [path.suffix for path in (workplace / "two").iterdir()] == [""]
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e6])  # float16 ends at 65,504

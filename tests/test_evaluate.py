@@ -123,13 +123,6 @@ def test_centroids_that_nearly_coincide_become_one():
     assert torch.allclose(evaluate.merge_near(apart), apart)
 
 
-def test_sampled_positions_are_different_positions_of_the_maps():
-    maps = torch.arange(10 * 4 * 5.0).reshape(10, 1, 4, 5).repeat(1, 3, 1, 1)
-    points = evaluate.sample_positions(maps, n_points=60)
-    assert points.shape == (60, 3) and len(points[:, 0].unique()) == 60
-    assert torch.equal(points[:, 0].long() // 20, torch.arange(10).repeat_interleave(6))  # 6 of each map
-
-
 # ---- correspondences and health ----
 
 def test_correspondences_know_the_classes_of_their_points():
@@ -248,18 +241,6 @@ def test_evaluation_equals_a_straight_computation(model, monkeypatch):
     shares = [evaluate.evaluate(model, collection, 32, probes, False, 1, rank, 5)[0] for rank in range(5)]
     assert all(torch.equal(sum(share[row] for share in shares), expected[row]) for row in probes)
     assert len(reduced) == 5 * len(probes)
-
-
-def test_without_labels_there_are_pictures_and_no_scores(model, tmp_path):
-    model.linear_probe, collection = None, Made(has_labels=False)
-    probes = evaluate.model_probes(model)
-    confusions, samples = evaluate.evaluate(model, collection, 32, probes, crf=False, workers=1)
-    legend = [f"thing {k}" for k in range(5)], data.class_palette(5)
-    found = evaluate.report(tmp_path, confusions, samples, collection, probes, legend, warnings=["too bad"])
-    assert found[0] == legend[0] and np.array_equal(found[1], legend[1])
-    summary = json.loads((tmp_path / "scores.json").read_text())
-    assert confusions == summary["results"] == {} and summary["warnings"] == ["too bad"]
-    assert not (tmp_path / "confusion.png").exists() and data.read_image(tmp_path / "panel.png").width > 300
 
 
 def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(model, tmp_path, capsys):
@@ -408,33 +389,6 @@ def test_curves_run_through_their_points_and_past_their_marks(tmp_path):
 
 
 # ---- device, precision, what goes wrong ----
-
-def test_a_device_that_computes_wrong_gradients_is_passed_over(monkeypatch, capsys):
-    assert evaluate.choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(stego.InputError, match=r"^--device abacus: not usable here \(.+\)$"):
-        evaluate.choose_device("abacus")
-    right, answers = evaluate.gradient_of_sample("cpu"), {}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(evaluate, "gradient_of_sample", lambda device: answers[str(device)])  # or KeyError
-    answers.update({"cpu": right, "cuda:3": 0 * right})
-    assert evaluate.choose_device("auto") == torch.device("cpu")
-    out = capsys.readouterr().out
-    assert "cuda is not used: this version" in out and "mps is not used: " in out
-    answers["cuda:3"] = right
-    assert evaluate.choose_device("auto") == torch.device("cuda", 3)  # a number holds in threads, too
-
-
-def test_precision_follows_from_the_hardware_or_the_option(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
-    assert evaluate.choose_precision("float16", cpu) == torch.float16
-    for capability, flags, dtype in (((8, 0), "amx_bf16", torch.bfloat16), ((7, 5), "avx2", torch.float32)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(evaluate.Path, "read_text", lambda path: flags)
-        monkeypatch.setattr(evaluate.Path, "is_file", lambda path: True)
-        assert evaluate.choose_precision("auto", cuda) == evaluate.choose_precision("auto", cpu) == dtype
-
 
 @pytest.mark.parametrize("error, status, sentence", [
     (stego.InputError("no images"), 2, "error: no images"), (OSError(28, "disk full"), 2, "error: .*disk f"),

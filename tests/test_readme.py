@@ -56,22 +56,3 @@ def wrong_names(text):
 def test_its_commands_are_understood_and_its_names_are_there(monkeypatch):
     assert len(commands(README)) >= 5 and "`stego." in README
     assert not wrong_commands(README, monkeypatch) + wrong_names(README)
-
-
-def test_wrong_commands_and_names_would_be_found(monkeypatch):
-    text = """
-    python train.py --data-root FOLDER --num-classes N --seed $seed   # any --comment
-    for seed in 0 1; do python train.py --seed $seed --name s$seed; done
-    torchrun --nproc_per_node=4 train.py ... --resume scenes-1 --steps 40
-    python evaluate.py runs/* --split dev; python evaluate.py --compare RUN RUN && python train.py --help
-```
-python train.py --seeds 3 \\
-    --no-crf
-python evaluate.py --checkpoint runs/t
-```
-Not in code: python train.py --never. `stego.unit`, `see data.views(image)`, `train.py`, `crf.no`.
-"""
-    assert len(commands(text)) == 8
-    wrong = ["train.py --seeds 3 --no-crf", "evaluate.py --checkpoint runs/t"]
-    assert wrong_commands(text, monkeypatch) == wrong
-    assert wrong_names(text) == ["crf.no"]
