@@ -19,6 +19,7 @@ import train
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1, "image_size": 32}  # of the workplace
 SMALL = ["--num-classes", "3", "--backbone", "vit.pth", "--resolution", "32", "--eval-resolution", "32",
          "--code-dim", "5", "--batch-size", "4", "--steps", "12", "--device", "cpu", "--workers", "1"]
+IMAGES = ["--data-root", "images", "--no-crf", *SMALL]  # what most runs of the tests are typed with
 
 
 @pytest.fixture(autouse=True)

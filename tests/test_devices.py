@@ -3,17 +3,11 @@ import sys
 
 import pytest
 import torch
-import torchvision.transforms.functional as TF
-from conftest import SMALL, train_here
+from conftest import IMAGES, train_here
 
-import data
 import evaluate
 import stego
 
-IMAGES = ["--data-root", "images", "--no-crf", *SMALL]
-
-
-# ---- choice of device and precision ----
 
 @pytest.fixture
 def pretended(monkeypatch):
@@ -50,8 +44,6 @@ def test_the_device_is_the_first_that_works_and_a_gpu_has_its_number(pretended):
     pretended(lambda kind: kind == "cuda")
     assert evaluate.choose_device("auto") == evaluate.choose_device("mps") == torch.device("mps")
 
-
-# ---- memory and waiting ----
 
 def test_copies_wait_but_on_cuda_and_checkpoints_are_read_to_the_cpu(workplace, monkeypatch):
     """Elsewhere a copy that does not wait reads memory that is already another's (pytorch 189690)."""

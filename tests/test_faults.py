@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, train_here, weights
+from conftest import IMAGES, ROOT, train_here, weights
 
 import data
 import evaluate
 import stego
 import train
-
-IMAGES = ["--data-root", "images", "--no-crf", *SMALL]
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import ROOT, SMALL, train_here, weights
+from conftest import IMAGES, ROOT, train_here, weights
 from PIL import Image
 
 import data
@@ -17,7 +17,6 @@ import evaluate
 import stego
 import train
 
-IMAGES = ["--data-root", "images", "--no-crf", *SMALL]  # what most runs here are typed with
 TERMS = ("self", "knn", "rand")
 
 
