@@ -1,4 +1,4 @@
-"""crf.py against values of pydensecrf, dense matrices of the lattice as defined, and exact Gaussians."""
+"""crf.py against values of pydensecrf and dense matrices of the lattice as defined."""
 from pathlib import Path
 
 import numpy as np
@@ -133,11 +133,9 @@ def test_caches_change_no_result():
 
 @pytest.mark.parametrize("change, message", [
     ({"image": np.zeros((11, 14, 3), np.float32)}, "uint8"),
-    ({"image": np.zeros((11, 14), np.uint8)}, "image must be"),
     ({"image": np.zeros((14, 11, 3), np.uint8)}, "probs must be"),
     ({"probs": np.ones((4, 11, 14), np.int64)}, "float"),
-    ({"probs": np.full((4, 11, 14), np.nan, np.float32)}, "finite"),
-    ({"probs": np.full((4, 11, 14), np.inf, np.float16)}, "finite")])
+    ({"probs": np.full((4, 11, 14), np.nan, np.float32)}, "finite")])
 def test_wrong_input_is_refused(change, message):
     image, probs = example()
     with pytest.raises(ValueError, match=message):
