@@ -121,14 +121,10 @@ def test_precision_layout_and_order_of_classes_do_not_matter():
 
 def test_caches_change_no_result():
     image, probs = example()
-    names = ("gaussian_std", "gaussian_weight", "bilateral_xy_std", "bilateral_rgb_std", "bilateral_weight")
-    calls = [(image, {}), (image[::-1], {}), *((image, {name: 2}) for name in names)]
-    cached = [dense_crf(photo, probs, **options) for photo, options in calls + calls]
-    assert len({refined.tobytes() for refined in cached}) == len(calls)
-    for (photo, options), refined in zip(calls, cached):
-        crf._spatial_kernel.cache_clear()
-        crf._bilateral_kernel.cache_clear()
-        np.testing.assert_array_equal(dense_crf(photo, probs, **options), refined)
+    one, other, again = (dense_crf(photo, probs) for photo in (image, image[::-1], image))
+    crf._bilateral_kernel.cache_clear()
+    np.testing.assert_array_equal(dense_crf(image[::-1], probs), other)
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -77,12 +77,6 @@ def test_a_label_may_have_a_palette_but_not_colours(tmp_path):
         data.read_label(tmp_path / "rgb.png")
 
 
-def test_class_colours_are_distinct_and_never_black_or_white():
-    colours = {tuple(colour) for colour in data.class_palette(255).tolist()}
-    assert len(colours) == 255 and not colours & {(0, 0, 0), (255, 255, 255)}
-    assert np.array_equal(data.class_palette(3), data.class_palette(255)[:3])
-
-
 # ---- a directory ----
 
 def test_directory_pairs_labels_by_stem_and_reads_class_names(folder):
@@ -122,14 +116,6 @@ def test_which_images_are_read_where_there_is_no_imgs_no_val_or_no_split(folder,
     assert names(folder, None) == (["a.png", "b.jpg", "c.png", "v.png"], None, False)
     (folder / "imgs/val").rename(folder / "imgs/test")
     assert names(folder, "val") == (["a.png", "b.jpg", "c.png"], "train", True)
-
-
-def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
-    save_image(tmp_path / "other/a.jpg")
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/linked").symlink_to(tmp_path / "other")
-    (tmp_path / "other/circle").symlink_to(tmp_path / "photos")
-    assert [path.name for path in data.directory(tmp_path / "photos", "train", 2).images] == ["a.jpg"]
 
 
 # ---- published data sets, each on a few files in its own layout ----

@@ -33,8 +33,6 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-# ---- settings ----
-
 def settings(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     return train.parse_args()
@@ -52,23 +50,10 @@ def test_what_is_typed_goes_over_the_preset_and_the_preset_over_the_defaults(mon
     assert (found.dataset, found.backbone, found.steps) == ("directory", "dino_vits8", 2000)
 
 
-def test_presets_hold_the_published_settings_and_nothing_that_is_no_option(monkeypatch):
-    keys = ("code_dim", "batch_size", "steps", "crop", "center",
-            *(f"lambda_{term}" for term in TERMS), *(f"b_{term}" for term in TERMS))
-    published = {
-        "cocostuff27-vitb8": (90, 32, 7000, "five", True, 0.1, 1.0, 0.1538476246415498, 0.12, 0.2, 1.0),
-        "cocostuff27-vits8": (70, 16, 5000, "five", True, 0.67, 0.25, 0.63, 0.08, 0.02, 0.66),
-        "cityscapes-vitb8": (100, 32, 7000, "five", False, 1.0, 0.577453483136995, 0.9058762625226623,
-                             0.45828472207, 0.1754346515479633, 0.31361241889448443),
-        "potsdam-vits8": (70, 16, 5000, "none", True, 0.67, 0.25, 0.63, 0.08, 0.02, 0.76)}
-    assert train.PRESETS.keys() == published.keys() | {"scenes"}
+def test_presets_hold_nothing_that_is_no_option(monkeypatch):
     for name, preset in train.PRESETS.items():
-        found = vars(settings(monkeypatch, "--preset", name, "--data-root", "folder"))
-        assert found.items() >= preset.items()
-        assert name == "scenes" or tuple(found[key] for key in keys) == published[name]
+        assert vars(settings(monkeypatch, "--preset", name, "--data-root", "folder")).items() >= preset.items()
 
-
-# ---- batches ----
 
 def test_batches_are_permutations_by_epoch_and_a_function_of_seed_and_step():
     neighbors = (torch.arange(14)[:, None] + torch.arange(1, 4)) % 14
@@ -147,19 +132,14 @@ def test_shifts_are_given_or_quantiles_at_shares_of_one_class(workplace, monkeyp
     asked = []
     monkeypatch.setattr(evaluate, "random_pair_rate", lambda *given: asked.append(given[1]) or 0.1)
     monkeypatch.setattr(stego, "same_class_rates", lambda *given: (0.6, 0.5, given[3]))
-
-    def shifts_and_shares(*arguments):
-        name = f"t{len(list(workplace.glob('runs/*')))}"
-        train_here(monkeypatch, *IMAGES, "--name", name, *arguments)
-        return scores_of(name)["shifts"], scores_of(name)["attract"]
-
-    shifts, shares = shifts_and_shares("--b-knn", "0.125", "--num-clusters", "4")
+    train_here(monkeypatch, *IMAGES, "--name", "some", "--b-knn", "0.125", "--num-clusters", "4")
+    shifts, shares = scores_of("some")["shifts"], scores_of("some")["attract"]
     assert asked == [4] and shifts[1] == 0.125
     assert (shares[0], shares[2]) == pytest.approx((0.6, 0.1), abs=1e-3)
-    shifts, _ = shifts_and_shares("--b-self", "0.1", "--b-knn", "0.2", "--b-rand", "0.3")
-    assert asked == [4] and shifts == [0.1, 0.2, 0.3]
-    _, shares = shifts_and_shares("--same-class", "0.5", "0.4", "0.2", "--b-self", "0.1")
-    assert shares == pytest.approx([0.5, 0.4, 0.2], abs=1e-3)
+    train_here(monkeypatch, *IMAGES, "--name", "all", "--b-self", "0.1", "--b-knn", "0.2", "--b-rand", "0.3")
+    assert asked == [4] and scores_of("all")["shifts"] == [0.1, 0.2, 0.3]
+    train_here(monkeypatch, *IMAGES, "--name", "rates", "--same-class", "0.5", "0.4", "0.2")
+    assert scores_of("rates")["attract"] == pytest.approx([0.5, 0.4, 0.2], abs=1e-3)
 
 
 @pytest.mark.parametrize("n_clusters", [2, 7])  # of 3 classes
@@ -173,8 +153,6 @@ def test_fewer_and_more_clusters_than_classes(n_clusters, workplace, monkeypatch
     assert len(assignment) == n_left and assignment.count(-1) == max(0, n_left - 3)
     legend = json.loads((workplace / "runs/t/clusters.json").read_text())
     assert len(legend) == n_left and sum(entry["share"] for entry in legend.values()) == pytest.approx(1)
-    commonest = scores_of("t")["results"][evaluate.BY_TRAINING]["assignment"]
-    assert len(commonest) == n_left and set(commonest) <= {0, 1, 2}
 
 
 # ---- the step ----
@@ -245,20 +223,18 @@ def test_each_loss_teaches_what_it_should_and_nothing_else(workplace, monkeypatc
         assert not any(torch.equal(before[name], after[name]) for name in before if name.startswith("head"))
 
 
-# ---- few or odd images ----
-
-@pytest.mark.parametrize("kind, n_views", [("identical", 12), ("constant", 12), ("two", 2), ("one", 5)])
-def test_few_or_equal_images_make_a_smaller_batch_and_no_nan(kind, n_views, workplace, monkeypatch, capsys):
+@pytest.mark.parametrize("kind, n_images, n_views", [("constant", 12, 12), ("random", 2, 2), ("random", 1, 5)])
+def test_few_or_equal_images_make_a_smaller_batch_and_no_nan(kind, n_images, n_views, workplace, monkeypatch,
+                                                             capsys):
     for i, path in enumerate(sorted(workplace.glob("images/imgs/train/*.png"))):
-        noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
-        Image.fromarray(np.full_like(noise, 90) if kind == "constant" else noise).save(path)
-        if i >= {"two": 2, "one": 1}.get(kind, 12):
+        if kind == "constant":
+            Image.new("RGB", (60, 40), "gray").save(path)
+        if i >= n_images:
             path.unlink()
-    more = ["--crop", "five", "--num-clusters", "1"] if kind == "one" else []
+    more = ["--crop", "five", "--num-clusters", "1"] if n_images == 1 else []
     train_here(monkeypatch, *IMAGES, "--name", "t", "--batch-size", "16", *more)
     assert all(torch.isfinite(value).all() for value in weights(workplace / "runs/t").values())
-    assert all(np.isfinite(scores_of("t")["shifts"])) and len(log_of("t")) == 1
-    assert scores_of("t")["config"]["batch_size"] == n_views
+    assert scores_of("t")["config"]["batch_size"] == n_views and len(log_of("t")) == 1
     assert ("warning: the codes collapsed" in capsys.readouterr().out) == (kind == "constant")
 
 
@@ -280,10 +256,10 @@ def told(monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments, words", [
     ("--data-root nowhere --num-classes 3", "nowhere: there is no such folder"),
-    ("--data-root images --backbone vit.pth", "--num-classes"),
+    ("--data-root images --backbone vit.pth", "--num-classes"), ("--dataset directory", "--data-root FOLDER"),
+    ("--data-root images --num-classes 256", "1 to 255"),
     ("--data-root images --num-classes 3 --backbone resnet50", "backbone resnet50: neither"),
     ("--data-root images --num-classes 3 --backbone images/imgs/val/0.png", "not a readable file of weights"),
-    ("--dataset directory", "--data-root FOLDER"),
     ("--dataset scenes --data-root images", "--dataset directory"),
     ("--preset cocostuff27-vits8", "needs --data-root FOLDER with images/{train,val}2017/*.jpg"),
     ("--preset cityscapes-vitb8 --data-root images", "no images of the split train"),
@@ -304,23 +280,16 @@ def test_bad_files_are_named_together_before_anything_is_written(workplace, told
     Image.new("L", (7, 7)).save("images/labels/train/5.png")
     Image.new("RGB", (60, 40)).save("images/labels/train/6.png")
     error = told(*IMAGES)
-    assert error.startswith("error: bad files (3)")
+    assert error.startswith("error: bad files (3)") and not list(workplace.glob("[rc]*"))  # runs, cache
     for name in ("imgs/train/3.png: not a readable image", "labels/train/5.png: (7, 7) pixels",
                  "labels/train/6.png: not a readable label"):
         assert name in error
-    assert not (workplace / "runs").exists() and not (workplace / "cache").exists()
-    for name in ("3", "5", "6"):
-        (workplace / f"images/imgs/train/{name}.png").unlink()
-    os.truncate("images/imgs/val/1.png", 60)
-    assert "imgs/val/1.png" in told(*IMAGES) and not (workplace / "runs").exists()
 
 
 def test_a_finished_run_is_not_overwritten(workplace, monkeypatch, told):
     (workplace / "runs/t").mkdir(parents=True)  # a run that never got to its first checkpoint does not count
     train_here(monkeypatch, *IMAGES, "--name", "t", "--steps", "0")
-    before = weights(workplace / "runs/t")
     assert "go on with it by --resume t" in told(*IMAGES, "--name", "t")
-    assert same(before, weights(workplace / "runs/t"))
     for number in (1, 2):  # without a name each run gets a folder of its own
         train_here(monkeypatch, *IMAGES, "--steps", "0")
         assert (workplace / f"runs/directory-{number}/scores.json").is_file()
