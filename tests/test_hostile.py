@@ -77,7 +77,7 @@ def omegaconf(value):
     return foreign("omegaconf.dictconfig.DictConfig", _content=content, _metadata=metadata, _parent=None)
 
 
-def authors_checkpoint(path, attribute_dict=False, lacking=None, **settings):
+def authors_checkpoint(path, attribute_dict=False, **settings):
     """What Lightning and omegaconf make of a small model of the authors'. Returns its weights and its ViT."""
     vit = random_vit("dino")
     layers = {"net.model": vit, "net.cluster1.0": nn.Conv2d(128, 7, 1), "linear_probe": nn.Conv2d(7, 5, 1),
@@ -85,7 +85,6 @@ def authors_checkpoint(path, attribute_dict=False, lacking=None, **settings):
     state = {f"{name}.{key}": value for name, layer in layers.items()
              for key, value in layer.state_dict().items()}
     state |= {"train_cluster_probe.clusters": torch.randn(5, 7), "cluster_probe.clusters": torch.randn(8, 7)}
-    state.pop(lacking, None)
     with mock.patch.dict(sys.modules):
         parameters = foreign("lightning.parsing.AttributeDict", (dict,)) if attribute_dict else {}
         parameters["cfg"] = omegaconf(AUTHORS | settings)
@@ -119,13 +118,6 @@ def test_the_authors_checkpoint_gives_its_codes_and_predictions(feat_type, facet
         "lambda_knn": 1, "lambda_rand": 0.15, "b_self": 0.12, "b_knn": 0.2, "b_rand": 1}
 
 
-def test_an_authors_checkpoint_that_lacks_a_part_is_refused(tmp_path):
-    for lacking in ("linear_probe.weight", "net.cluster2.2.bias", "net.model.blocks.1.attn.qkv.bias"):
-        authors_checkpoint(tmp_path / "a.ckpt", lacking=lacking)
-        with pytest.raises(stego.InputError, match=r"a\.ckpt: neither a checkpoint"):
-            stego.load_checkpoint(tmp_path / "a.ckpt")
-
-
 # ---- files that mean harm ----
 
 class Call:
@@ -154,16 +146,11 @@ def harmful(folder):
         "in a state of OrderedDict": Call(collections.OrderedDict, state={"a": mkdir})}
 
 
-def write_pickle(path, pickled, old):
-    """The file that torch.save writes for this pickle, without tensors; old: as before torch 1.6."""
-    if old:
-        header = io.BytesIO()
-        torch.save(None, header, _use_new_zipfile_serialization=False)
-        path.write_bytes(header.getvalue().partition(pickle.dumps(None, 2))[0] + pickled)
-    else:
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("archive/data.pkl", pickled)
-            archive.writestr("archive/version", "3")
+def write_pickle(path, pickled):
+    """The file that torch.save writes for this pickle, without tensors."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3")
 
 
 @pytest.mark.parametrize("name", harmful("x"))
@@ -190,8 +177,7 @@ SLOTS = b"N}X\x08\0\0\0__init__ccollections\nOrderedDict\ns\x86b."  # sets an at
 @pytest.mark.parametrize("pickled", [
     b"cposix\nsystem\nX\x04\0\0\0true\x85R.", b"(S'true'\niposix\nsystem\n.", b"cstego\nRecord\n" + SLOTS,
     b"ctorch\nTensor\n" + SLOTS, b"ctorch._utils\n_rebuild_tensor_v2\n" + SLOTS])
-@pytest.mark.parametrize("old", [False, True])
-def test_no_opcode_calls_a_function_or_changes_a_class(pickled, old, tmp_path, monkeypatch):
+def test_no_opcode_calls_a_function_or_changes_a_class(pickled, tmp_path, monkeypatch):
     def state():
         things = stego.Record, torch.Tensor, torch._utils._rebuild_tensor_v2
         return [dict(vars(thing)) for thing in things], set(torch.serialization.get_safe_globals())
@@ -199,45 +185,22 @@ def test_no_opcode_calls_a_function_or_changes_a_class(pickled, old, tmp_path, m
     monkeypatch.setattr(os, "system", lambda command: pytest.fail("it was run"))
     monkeypatch.setitem(sys.modules, "posix", os)
     before = state()
-    write_pickle(tmp_path / "bad.pt", b"\x80\x02" + pickled, old)
+    write_pickle(tmp_path / "bad.pt", b"\x80\x02" + pickled)
     with pytest.raises(stego.InputError, match=r"bad\.pt: "):
         stego.load_checkpoint(tmp_path / "bad.pt")
     assert state() == before
 
 
-# ---- files that ask for more than there is ----
-
-READ_THEM = f"""
-import resource, sys
-sys.path.insert(0, {str(ROOT)!r})
-import stego
-resource.setrlimit(resource.RLIMIT_AS, (8 * 10 ** 9,) * 2)
-for path in sys.argv[1:]:
-    try:
-        (stego.load_backbone if path.endswith(".safetensors") else stego.load_checkpoint)(path)
-        print("read", path)
-    except stego.InputError:
-        pass
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
-"""
-
-
-def test_no_file_takes_much_more_memory_than_it_has(tmp_path):
-    if not Path("/proc/self/status").exists():
-        pytest.skip("the peak of a process's own memory is not told here")
-    stego.save_checkpoint(tmp_path / "good.pt", small_model(), {})
-    good, huge = torch.load(tmp_path / "good.pt", weights_only=True), 2 * 10 ** 8
-    for name, value in {"backbone.pos_embed": torch.ones(1).expand(1, 2 * 10 ** 6 + 1, 128),
-                        f"backbone.blocks.{huge}.norm1.weight": torch.ones(1),
-                        "linear_probe.weight": torch.ones(huge, 0, 1, 1)}.items():
-        torch.save(good | {"model": good["model"] | {name: value}}, tmp_path / f"{name}.pt")
-    (tmp_path / "header.safetensors").write_bytes((10 * huge + 1).to_bytes(8, "little") + b"{}")
-    two_gigabytes = b"\x80\x02cbuiltins\nbytes\n\x8a\x05\xff\xff\xff\xff\x7f\x85R."
-    write_pickle(tmp_path / "bytes.pt", two_gigabytes, old=False)
-    (tmp_path / "good.pt").unlink()
-    result = subprocess.run([sys.executable, "-c", READ_THEM, *tmp_path.iterdir()], capture_output=True,
-                            text=True, timeout=100, check=True)
-    assert "read" not in result.stdout and int(result.stdout) < 10 ** 6  # kilobytes, most of them torch's
+@pytest.mark.parametrize("name, value, reason", [
+    ("backbone.cls_token", torch.ones(1).expand(1, 1, 10 ** 9), "larger than the file"),  # all one number
+    ("backbone.cls_token", torch.empty(1, 1, 10 ** 9, device="meta"), "not a state dict of tensors"),
+    ("linear_probe.weight", torch.ones(10 ** 9, 0, 1, 1), "not a state dict of tensors")])
+def test_no_file_takes_much_more_memory_than_it_has(name, value, reason, tmp_path):
+    stego.save_checkpoint(tmp_path / "c.pt", small_model(), {})
+    good = torch.load(tmp_path / "c.pt", weights_only=True)
+    torch.save(good | {"model": good["model"] | {name: value}}, tmp_path / "c.pt")
+    with pytest.raises(stego.InputError, match=rf"c\.pt: .*{reason}"):
+        stego.load_checkpoint(tmp_path / "c.pt")
 
 
 # ---- damage ----
@@ -264,8 +227,8 @@ def with_damaged_pickle(rng, content):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("kind, load, damage", [
-    ("ours", stego.load_checkpoint, with_damaged_pickle), ("theirs", stego.load_checkpoint, with_damaged_pickle),
-    ("ours", stego.load_checkpoint, damaged), ("safetensors", stego.load_backbone, damaged)])
+    ("ours", stego.load_checkpoint, with_damaged_pickle), ("ours", stego.load_checkpoint, damaged),
+    ("theirs", stego.load_checkpoint, with_damaged_pickle), ("safetensors", stego.load_backbone, damaged)])
 def test_damaged_files_are_read_or_refused_in_one_sentence_and_nothing_else(kind, load, damage, tmp_path):
     path, found = tmp_path / "damaged.pt", {"read": 0, "refused": 0}
     vit = random_vit("dinov2", embed_dim=16, num_heads=1, depth=1, patch_size=4, image_size=8)

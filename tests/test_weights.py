@@ -277,15 +277,14 @@ def test_two_files_of_one_name_are_downloaded_once_each(internet, tmp_path):
         assert_equal_features(stego.load_backbone(address), vits[address])
 
 
-@pytest.mark.parametrize("broken", [lambda whole: None, lambda whole: whole[:9999], lambda whole: b"<html>"])
+@pytest.mark.parametrize("broken", [None, b"<html>", "half"])
 def test_a_broken_download_leaves_nothing_and_the_next_one_is_whole(broken, internet, tmp_path):
     address = stego.BACKBONES["dino_vits8"]
     whole = save_safetensors(random_vit("dino").state_dict(), tmp_path / "w").read_bytes()
-    if broken(whole):
-        internet[address] = broken(whole)
+    if broken:
+        internet[address] = whole[:9999] if broken == "half" else broken
     with pytest.raises(stego.InputError, match=f"cannot download {address} .*--backbone FILE"):
         stego.load_backbone("dino_vits8")
     assert os.listdir(tmp_path / "hub/checkpoints") == []
     internet[address] = whole
     assert stego.load_backbone("dino_vits8").patch_size == 8
-    assert os.listdir(tmp_path / "hub/checkpoints") == ["dino_deitsmall8_pretrain.pth"]
