@@ -330,8 +330,6 @@ def test_features_that_no_cache_can_hold_are_refused(value, folder, backbone):
         extract(backbone, data.directory(folder, "train", 4))
 
 
-# ---- neighbours ----
-
 @pytest.mark.parametrize("n", [50, 6000])  # 6,000 are two blocks
 def test_nearest_neighbors_equal_brute_force_across_blocks(n):
     vectors = torch.randn(n, 8) * torch.rand(n, 1) * 10

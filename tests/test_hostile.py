@@ -7,17 +7,14 @@ import io
 import os
 import pickle
 import random
-import subprocess
 import sys
 import types
 import zipfile
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import ROOT
 from test_weights import random_vit, save_safetensors
 from torch import nn
 
@@ -33,8 +30,6 @@ AUTHORS = {  # of the authors' configs/train_config.yml
 def small_model():
     return stego.Stego(random_vit("dino"), 7, 6).eval()
 
-
-# ---- our checkpoints ----
 
 @pytest.mark.parametrize("family, heads, options", [
     ("dino", 2, {"n_classes": 5}), ("dinov3_plus", 4, {"facet": "key", "dropout": 0.3})])
@@ -52,8 +47,6 @@ def test_a_checkpoint_gives_back_the_model_and_its_settings(family, heads, optio
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
     assert not any(parameter.requires_grad for parameter in loaded.backbone.parameters())
 
-
-# ---- the authors' checkpoints ----
 
 def foreign(path, bases=(), **attributes):
     """An instance of a class that pickles under this path, importable while sys.modules holds its module."""
@@ -117,8 +110,6 @@ def test_the_authors_checkpoint_gives_its_codes_and_predictions(feat_type, facet
         "num_classes": 5, "num_clusters": 8, "data_root": None, "eval_resolution": 320, "lambda_self": 0.1,
         "lambda_knn": 1, "lambda_rand": 0.15, "b_self": 0.12, "b_knn": 0.2, "b_rand": 1}
 
-
-# ---- files that mean harm ----
 
 class Call:
     """Pickles as a call of function(*args), whose result may get a state."""
@@ -203,8 +194,6 @@ def test_no_file_takes_much_more_memory_than_it_has(name, value, reason, tmp_pat
         stego.load_checkpoint(tmp_path / "c.pt")
 
 
-# ---- damage ----
-
 def damaged(rng, content):
     """One to three of the things that happen to bytes."""
     content = bytearray(content)
@@ -248,7 +237,7 @@ def test_damaged_files_are_read_or_refused_in_one_sentence_and_nothing_else(kind
 
 
 @pytest.mark.parametrize("content", [
-    {}, 3, {"weights": torch.ones(2)}, {"state_dict": {}, "hyper_parameters": {}}, {"model": {}, "config": 3}])
+    3, {"weights": torch.ones(2)}, {"state_dict": {}, "hyper_parameters": {}}, {"model": {}, "config": 3}])
 def test_other_files_are_no_checkpoints(content, tmp_path):
     torch.save(content, tmp_path / "c.pt")
     with pytest.raises(stego.InputError, match=r"c\.pt: "):

@@ -18,8 +18,6 @@ def golden_vit():
     return stego.vit_from_state_dict(weights, num_heads=6).eval().requires_grad_(False)
 
 
-# ---- correspondence loss ----
-
 def test_sample_equals_golden():
     # the authors' output has its two point axes swapped
     sampled = stego.sample(GOLDEN["sample_map"], GOLDEN["sample_points"])
@@ -65,8 +63,6 @@ def test_the_loss_teaches_the_codes_but_not_the_features():
     assert features.grad is None and codes.grad.abs().sum() > 0
 
 
-# ---- objective ----
-
 def test_derangement_is_a_permutation_without_fixed_points_and_each_is_as_likely():
     for n in (2, 3, 16):
         for _ in range(50):
@@ -100,8 +96,6 @@ def test_objective_equals_its_three_terms_written_out(switches):
     torch.testing.assert_close(loss, 0.5 * terms["self"] + 2 * terms["knn"] + 3 * terms["rand"])
 
 
-# ---- shifts without tuning ----
-
 def correspondences(share, n=200_000):
     """F of n pairs of points, a share of which show one class: unlike ones look the same everywhere."""
     return torch.where(torch.rand(n) < share, 0.8 + 0.1 * torch.randn(n), 0.1 + 0.2 * torch.randn(n))
@@ -133,8 +127,6 @@ def test_average_linkage_equals_a_slow_loop_over_the_members_of_groups(n_groups,
     assert len(found.unique()) == len(merged)
     assert all(len(set(found[group].tolist())) == 1 for group in merged)
 
-
-# ---- head and probes ----
 
 def test_head_is_a_linear_plus_a_nonlinear_branch_each_with_its_own_channel_dropout():
     head = stego.SegmentationHead(64, 4, dropout=0.5).eval()
@@ -183,10 +175,7 @@ def test_a_model_teaches_its_head_and_never_its_backbone(backbone):
     codes.sum().backward()
     assert all(parameter.grad is not None for parameter in model.head.parameters())
     assert all(parameter.grad is None for parameter in model.backbone.parameters())
-    assert stego.Stego(backbone, 5, 4).linear_probe is None
 
-
-# ---- backbone ----
 
 @pytest.mark.parametrize("size", ["native", "wide"])
 @pytest.mark.parametrize("facet, name", [("token", "feat"), ("key", "key")])
