@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import ROOT, SMALL, fill_workplace, save_image, save_label, train_here
+from conftest import IMAGES, ROOT, fill_workplace, save_image, save_label, train_here
 from PIL import Image
 
 import data
@@ -20,8 +20,6 @@ from evaluate import CRF, LINEAR, ONLINE, RAW, REFIT
 
 GOLDEN = np.load(ROOT / "tests/golden_stego.npz")
 
-
-# ---- confusion matrix, matching, scores ----
 
 def test_confusion_matrix_equals_a_slow_count_and_leaves_void_out():
     pred, label = torch.randint(0, 30, (3, 8, 8)).byte(), torch.randint(-1, 28, (3, 8, 8))
@@ -70,22 +68,11 @@ def test_unmatched_clusters_are_errors_and_classes_that_never_occur_do_not_count
     assert np.isnan(found["miou"]) and np.isnan(found["accuracy"])
 
 
-# ---- k-means ----
-
-def test_kmeans_finds_separated_directions_whatever_the_lengths():
-    labels = torch.arange(300) % 4
-    codes = nnf.normalize(torch.randn(4, 8), dim=1)[labels] + 0.05 * torch.randn(300, 8)
-    centroids = evaluate.kmeans(codes * (0.1 + 5 * torch.rand(300, 1)), 4, restarts=3)
-    torch.testing.assert_close(centroids.norm(dim=1), torch.ones(4))
-    counts = evaluate.confusion_matrix((codes @ centroids.T).argmax(1), labels, 4, 4)
-    assert evaluate.scores(counts, evaluate.hungarian(counts))["accuracy"] == 100
-
-
-def test_kmeans_is_the_best_of_its_restarts_and_a_function_of_the_seed():
-    codes = nnf.normalize(torch.randn(400, 6), dim=1)
+def test_kmeans_is_the_best_of_its_restarts_and_a_function_of_directions_and_seed():
+    codes, lengths = nnf.normalize(torch.randn(400, 6), dim=1), 0.1 + 5 * torch.rand(400, 1)
     def objective(restarts, seed=3):
         return (codes @ evaluate.kmeans(codes, 9, restarts, seed).T).amax(1).mean().item()
-    assert torch.equal(evaluate.kmeans(codes, 9, 2, 3), evaluate.kmeans(codes, 9, 2, 3))
+    torch.testing.assert_close(evaluate.kmeans(codes, 9, 2, 3), evaluate.kmeans(codes * lengths, 9, 2, 3))
     assert objective(8) > max(objective(1), objective(2)) and objective(1) != objective(1, seed=4)
 
 
@@ -149,8 +136,6 @@ def test_health_warns_of_collapsed_and_of_scattered_codes():
     assert "hardly cluster" in warnings(torch.randn(200, 64))
 
 
-# ---- from images to clusters ----
-
 class Made(data.Collection):
     """Four random images of blocks, with labels."""
 
@@ -186,8 +171,7 @@ def test_flip_averaging_and_probabilities_equal_a_straight_computation(model):
             torch.testing.assert_close(found, (scale * probe(large)).log_softmax(1))
 
 
-def test_evaluation_equals_a_straight_computation(model, monkeypatch):
-    """By one process, or in shares of five, of which one has no image."""
+def test_evaluation_equals_a_straight_computation(model):
     collection, raw = Made(), stego.ClusterProbe(16, 5).requires_grad_(False)
     probes = {RAW: raw, **evaluate.model_probes(model)}
     confusions, samples = evaluate.evaluate(model, collection, 32, probes, crf=True, workers=1, n_samples=3)
@@ -208,12 +192,6 @@ def test_evaluation_equals_a_straight_computation(model, monkeypatch):
     assert confusions.keys() == expected.keys() and refined_pixels > 0
     assert all(torch.equal(confusions[row], expected[row]) for row in expected)
     assert len(samples) == 3 and np.array_equal(samples[2][0].transpose(2, 0, 1), image[0])
-
-    reduced = []
-    monkeypatch.setattr(evaluate.dist, "all_reduce", reduced.append)
-    shares = [evaluate.evaluate(model, collection, 32, probes, False, 1, rank, 5)[0] for rank in range(5)]
-    assert all(torch.equal(sum(share[row] for share in shares), expected[row]) for row in probes)
-    assert len(reduced) == 5 * len(probes)
 
 
 def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(model, tmp_path, capsys):
@@ -250,8 +228,6 @@ def test_compare_groups_runs_by_their_settings(tmp_path, capsys):
     rows = [line[len(REFIT):].split()[:6] for line in out.splitlines() if line.startswith(REFIT)]
     assert rows == [["12.0", "±", "2.8", "24.0", "±", "5.7"], ["50.0", "100.0", "<-", "the", "prediction"]]
 
-
-# ---- photos ----
 
 def test_photos_of_any_size_are_segmented_at_their_own_size(model):
     for size, crf in (((70, 33), True), ((5, 400), False), ((1, 1), True)):
@@ -321,8 +297,6 @@ def test_a_person_may_edit_names_and_colours_of_clusters(tmp_path):
             evaluate.read_legend(path, 4)
 
 
-# ---- pictures ----
-
 def test_a_confusion_matrix_is_drawn_in_shares_of_the_true_class(tmp_path):
     evaluate.draw_confusion(tmp_path / "c.png", [[9, 1, 0], [0, 3, 0]], ["one line", "y" * 99], "abc")
     pixels = np.asarray(data.read_image(tmp_path / "c.png"))
@@ -341,8 +315,6 @@ def test_curves_run_through_their_points_and_past_their_marks(tmp_path):
     assert not near(0.1, 0.1, (0, 114, 178))
     assert near(0.25, 0.9, (0, 0, 0)) and not near(0.5, 0.9, (0, 0, 0))
 
-
-# ---- device, what goes wrong ----
 
 @pytest.fixture
 def pretended(monkeypatch):
@@ -394,8 +366,6 @@ def test_what_goes_wrong_is_one_sentence_but_our_mistakes_are_raised(error, stat
         assert re.fullmatch(f".*{sentence}.*", capsys.readouterr().err.strip())  # . is no line break
 
 
-# ---- the command line ----
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with images, and runs/t that was trained on them."""
@@ -403,7 +373,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         fill_workplace(path)
-        train_here(patch, "--data-root", "images", "--name", "t", "--no-crf", *SMALL)
+        train_here(patch, "--name", "t", *IMAGES)
     return path
 
 

@@ -65,9 +65,8 @@ def omegaconf(value):
         return foreign("omegaconf.listconfig.ListConfig", _content=[omegaconf(item) for item in value])
     if not isinstance(value, dict):
         return foreign("omegaconf.nodes.AnyNode", _val=value, _parent=None)
-    metadata = foreign("omegaconf.base.ContainerMetadata", object_type=dict, ref_type=argparse.Namespace)
     content = {key: omegaconf(item) for key, item in value.items()}
-    return foreign("omegaconf.dictconfig.DictConfig", _content=content, _metadata=metadata, _parent=None)
+    return foreign("omegaconf.dictconfig.DictConfig", _content=content, _parent=None)
 
 
 def authors_checkpoint(path, attribute_dict=False, **settings):

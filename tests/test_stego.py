@@ -24,12 +24,6 @@ def test_sample_equals_golden():
     torch.testing.assert_close(sampled.transpose(2, 3), GOLDEN["sampled"], rtol=0, atol=1e-5)
 
 
-def test_sample_reads_x_along_the_width_and_repeats_the_border():
-    maps = torch.arange(12.0).reshape(1, 1, 3, 4)  # value = 4 row + column
-    points = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [0.0, 0.0], [5.0, 5.0]])
-    assert stego.sample(maps, points.reshape(1, 1, 5, 2)).flatten().tolist() == [0.0, 3.0, 8.0, 5.5, 11.0]
-
-
 @pytest.mark.parametrize("center", [0, 1])
 @pytest.mark.parametrize("clamp", [0, 1])
 @pytest.mark.parametrize("stabilize", [0, 1])

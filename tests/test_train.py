@@ -253,7 +253,6 @@ def told(monkeypatch, capsys):
     ("--data-root images --num-classes 3 --backbone resnet50", "backbone resnet50: neither"),
     ("--data-root images --num-classes 3 --backbone images/imgs/val/0.png", "not a readable file of weights"),
     ("--dataset scenes --data-root images", "--dataset directory"),
-    ("--preset cocostuff27-vits8", "needs --data-root FOLDER with images/{train,val}2017/*.jpg"),
     ("--preset cityscapes-vitb8 --data-root images", "no images of the split train"),
     ("--preset unknown", "invalid choice: 'unknown'"), ("--b-self high", "argument --b-self: invalid"),
     ("--resume never", "there is no runs/never/checkpoint.pt"),
