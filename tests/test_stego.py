@@ -22,6 +22,8 @@ def test_sample_equals_golden():
     # the authors' output has its two point axes swapped
     sampled = stego.sample(GOLDEN["sample_map"], GOLDEN["sample_points"])
     torch.testing.assert_close(sampled.transpose(2, 3), GOLDEN["sampled"], rtol=0, atol=1e-5)
+    beyond = stego.sample(GOLDEN["sample_map"], torch.full((2, 1, 1, 2), 5.0))[:, :, 0, 0]
+    assert torch.equal(beyond, GOLDEN["sample_map"][:, :, -1, -1])  # the border is repeated
 
 
 @pytest.mark.parametrize("center", [0, 1])
@@ -103,13 +105,13 @@ def test_rates_are_those_of_a_mixture_of_like_and_unlike_pairs():
         assert stego.same_class_rates(*nothing_to_see, 0.2) == pytest.approx((0.2, 0.2, 0.2))
 
 
-@pytest.mark.parametrize("n_groups, threshold", [(1, -1.0), (3, -1.0), (1, 0.3)])
+@pytest.mark.parametrize("n_groups, threshold", [(5, -1.0), (3, -1.0), (1, 0.2)])
 def test_average_linkage_equals_a_slow_loop_over_the_members_of_groups(n_groups, threshold):
     vectors = nnf.normalize(torch.randn(40, 5), dim=1).double()
-    groups = [list(range(i, 40, 8)) for i in range(8)]  # what is given: eight groups of five
+    groups = [part.tolist() for part in torch.arange(40).split([1, 1, 1, 2, 2, 3, 4, 6, 8, 12])]  # given
     sums = torch.stack([vectors[group].sum(0) for group in groups])
-    found = stego.average_linkage(sums, torch.full((8,), 5), n_groups, threshold)
-    merged = [[i] for i in range(8)]
+    found = stego.average_linkage(sums, torch.tensor([len(group) for group in groups]), n_groups, threshold)
+    merged = [[i] for i in range(10)]
     while len(merged) > n_groups:
         def alike(pair):
             a, b = ([member for i in merged[k] for member in groups[i]] for k in pair)

@@ -229,7 +229,7 @@ def test_few_or_equal_images_make_smaller_batches_and_no_nan(kind, n_images, n_v
     train_here(monkeypatch, *IMAGES, "--name", "t", "--batch-size", "16", *more)
     assert all(torch.isfinite(value).all() for value in weights(workplace / "runs/t").values())
     assert scores_of("t")["config"]["batch_size"] == n_views and len(log_of("t")) == 1
-    assert ("the codes collapsed" in str(scores_of("t")["warnings"])) == (kind == "equal")
+    assert kind == "random" or "the codes collapsed" in str(scores_of("t")["warnings"])
 
 
 @pytest.fixture
