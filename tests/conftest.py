@@ -3,7 +3,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # on busy cores the threads of tiny tensors wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # as many as other processes have, so that all round their sums alike
 
 import numpy as np
 import pytest
@@ -17,8 +17,10 @@ import stego
 import train
 
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1, "image_size": 32}  # of the workplace
-SMALL = ["--num-classes", "3", "--backbone", "vit.pth", "--resolution", "32", "--eval-resolution", "32",
-         "--code-dim", "5", "--batch-size", "4", "--steps", "12", "--device", "cpu", "--workers", "1"]
+IMAGES = [  # what most runs of the tests are typed with
+    "--data-root", "images", "--num-classes", "3", "--backbone", "vit.pth", "--resolution", "32",
+    "--eval-resolution", "32", "--code-dim", "5", "--batch-size", "4", "--steps", "12", "--device", "cpu",
+    "--workers", "1", "--no-crf"]
 
 
 @pytest.fixture(autouse=True)

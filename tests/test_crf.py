@@ -1,4 +1,4 @@
-"""crf.py against values of pydensecrf, dense matrices of the lattice as defined, and exact Gaussians."""
+"""crf.py against values of pydensecrf and dense matrices of the lattice as defined."""
 from pathlib import Path
 
 import numpy as np
@@ -84,21 +84,12 @@ def test_equals_pydensecrf(key, options):
 @pytest.mark.parametrize("gaussian_std", [0.2, 0.5, 0.8, 1, 1.3])  # up to 1 a stencil, above a lattice
 def test_equals_matrices_of_the_lattice(height, width, gaussian_std):
     image, probs = example(height, width)
+    probs[:, 0, 0] = [1, 0, 0, 0]  # is clipped
     spatial = (3, lattice_kernel(features_of(image, gaussian_std)))
     bilateral = (4, lattice_kernel(features_of(image, 5, 9)))
     for kernels, weight in (([spatial], 0), ([spatial, bilateral], 4)):
         refined = dense_crf(image, probs, 5, gaussian_std, 3, 5, 9, weight)
         np.testing.assert_allclose(refined, mean_field(probs, kernels, 5), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("weights, stds", [((3, 0), (2,)), ((0, 4), (6, 20))])
-def test_approximates_exact_gaussians(weights, stds):
-    image, probs = example(24, 30)
-    features = features_of(image, *stds)
-    gaussian = np.exp(-0.5 * ((features[:, None] - features) ** 2).sum(-1))  # (P, P)
-    exact = mean_field(probs, [(max(weights), gaussian)], 5)
-    refined = dense_crf(image, probs, 5, 2, weights[0], 6, 20, weights[1])
-    assert np.abs(refined - exact).mean() < 0.005 < 0.03 < np.abs(probs - exact).mean()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 1), (2, 3, 40), (1, 3000, 2), (37, 50, 3)])
@@ -108,19 +99,6 @@ def test_probabilities_of_any_size_sum_to_one(shape):
         refined = dense_crf(image, probs, 3, 1, weight, 67, 3, weight)
         assert refined.shape == probs.shape and refined.flags.c_contiguous and (refined >= 0).all()
         np.testing.assert_allclose(refined.sum(0), 1, atol=1e-5)
-
-
-@pytest.mark.parametrize("options", [{"gaussian_weight": 0, "bilateral_weight": 0}, {"iterations": 0}])
-def test_nothing_to_do_returns_the_clipped_probs(options):
-    image, probs = example()
-    probs[:, 0, 0] = [1, 0, 0, 0]
-    clipped = probs.clip(1e-5, 1)
-    np.testing.assert_allclose(dense_crf(image, probs, **options), clipped / clipped.sum(0), rtol=1e-5)
-
-
-def test_a_kernel_of_weight_zero_is_not_built(monkeypatch):
-    monkeypatch.setattr(crf, "_LatticeKernel", None)
-    dense_crf(*example(), gaussian_weight=0, bilateral_weight=0)
 
 
 def test_precision_layout_and_order_of_classes_do_not_matter():
@@ -136,23 +114,17 @@ def test_precision_layout_and_order_of_classes_do_not_matter():
 
 def test_caches_change_no_result():
     image, probs = example()
-    names = ("gaussian_std", "gaussian_weight", "bilateral_xy_std", "bilateral_rgb_std", "bilateral_weight")
-    calls = [(image, {}), (image[::-1], {}), *((image, {name: 2}) for name in names)]
-    cached = [dense_crf(photo, probs, **options) for photo, options in calls + calls]
-    assert len({refined.tobytes() for refined in cached}) == len(calls)
-    for (photo, options), refined in zip(calls, cached):
-        crf._spatial_kernel.cache_clear()
-        crf._bilateral_kernel.cache_clear()
-        np.testing.assert_array_equal(dense_crf(photo, probs, **options), refined)
+    one, other, again = (dense_crf(photo, probs) for photo in (image, image[::-1], image))
+    crf._bilateral_kernel.cache_clear()
+    np.testing.assert_array_equal(dense_crf(image[::-1], probs), other)
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
 
 
 @pytest.mark.parametrize("change, message", [
     ({"image": np.zeros((11, 14, 3), np.float32)}, "uint8"),
-    ({"image": np.zeros((11, 14), np.uint8)}, "image must be"),
     ({"image": np.zeros((14, 11, 3), np.uint8)}, "probs must be"),
     ({"probs": np.ones((4, 11, 14), np.int64)}, "float"),
-    ({"probs": np.full((4, 11, 14), np.nan, np.float32)}, "finite"),
-    ({"probs": np.full((4, 11, 14), np.inf, np.float16)}, "finite")])
+    ({"probs": np.full((4, 11, 14), np.nan, np.float32)}, "finite")])
 def test_wrong_input_is_refused(change, message):
     image, probs = example()
     with pytest.raises(ValueError, match=message):

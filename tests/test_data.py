@@ -20,8 +20,6 @@ VOID = data.VOID
 ALL_IDS = np.arange(256, dtype=np.uint8).reshape(16, 16)  # a label with every id that a byte can hold
 
 
-# ---- images and labels ----
-
 @pytest.mark.parametrize("mode, name", [
     ("RGB", "x.jpg"), ("RGB", "x.webp"), ("RGB", "zo\u00eb\n\u5199.bmp"), ("L", "x.jpg"), ("P", "x.png"),
     ("P", "x.gif"), ("RGBA", "x.png"), ("LA", "x.png"), ("1", "x.png"), ("CMYK", "x.jpg"), ("CMYK", "x.tif")])
@@ -73,29 +71,9 @@ def test_a_label_may_have_a_palette_but_not_colours(tmp_path):
     label.save(tmp_path / "l.png")
     assert np.array_equal(data.read_label(tmp_path / "l.png"), ALL_IDS)
     save_image(tmp_path / "rgb.png")
-    with pytest.raises(stego.InputError, match=r"rgb.png: .*uint8 \(30, 40, 3\), not one class id a pixel"):
+    with pytest.raises(stego.InputError, match="rgb.png: .*not one class id a pixel"):
         data.read_label(tmp_path / "rgb.png")
 
-
-def test_all_bad_files_are_named_together(folder):
-    data.check_files(data.directory(folder, "train", 4), 2)  # nothing is wrong
-    (folder / "labels/train/b.png").write_bytes(b"")
-    save_label(folder / "labels/train/a.png", np.zeros((10, 20), np.uint8))
-    for i in range(12):
-        (folder / f"imgs/train/bad{i:02}.jpg").write_bytes(b"")
-    with pytest.raises(stego.InputError, match=r"^bad files \(14\).*; and 4 more$") as raised:
-        data.check_files(data.directory(folder, "train", 4), 2)
-    for told in ("a.png: (20, 10) pixels, but its image has (40, 30)", "b.png: not a readable", "bad07.jpg"):
-        assert told in str(raised.value)
-
-
-def test_class_colours_are_distinct_and_never_black_or_white():
-    colours = {tuple(colour) for colour in data.class_palette(255).tolist()}
-    assert len(colours) == 255 and not colours & {(0, 0, 0), (255, 255, 255)}
-    assert np.array_equal(data.class_palette(3), data.class_palette(255)[:3])
-
-
-# ---- a directory ----
 
 def test_directory_pairs_labels_by_stem_and_reads_class_names(folder):
     (folder / "classes.txt").write_text("\ufeffsky\n\n  road \r\ntree\n", encoding="utf-8")
@@ -135,25 +113,6 @@ def test_which_images_are_read_where_there_is_no_imgs_no_val_or_no_split(folder,
     (folder / "imgs/val").rename(folder / "imgs/test")
     assert names(folder, "val") == (["a.png", "b.jpg", "c.png"], "train", True)
 
-
-def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
-    save_image(tmp_path / "other/a.jpg")
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/linked").symlink_to(tmp_path / "other")
-    (tmp_path / "other/circle").symlink_to(tmp_path / "photos")
-    assert [path.name for path in data.directory(tmp_path / "photos", "train", 2).images] == ["a.jpg"]
-
-
-def test_what_is_wrong_with_a_directory_is_said(folder):
-    for root, split, n_classes, message in (
-            (None, "train", 4, "needs --data-root"), (folder / "nowhere", "train", 4, "nowhere: there is no"),
-            (folder, "test", 4, r"imgs/test: no images \(.bmp"), (folder, "train", None, "--num-classes"),
-            (folder, "train", 256, "1 to 255")):
-        with pytest.raises(stego.InputError, match=message):
-            data.load_collection("directory", root, split, n_classes)
-
-
-# ---- published data sets, each on a few files in its own layout ----
 
 def checksum(values):
     return zlib.crc32(bytes(values))
@@ -209,34 +168,23 @@ def test_cityscapes_has_the_27_classes_from_id_7_on_in_its_own_colours(tmp_path)
     assert checksum(",".join(collection.names).encode()) == 1700818842
 
 
-@pytest.mark.parametrize("scipy", [True, False])
-def test_potsdam_in_three_classes_without_infrared(scipy, tmp_path, monkeypatch):
-    if scipy:
-        savemat = pytest.importorskip("scipy.io").savemat
-    else:
-        with monkeypatch.context() as patch:
-            patch.setattr(data.importlib.util, "find_spec", lambda name: None)
-            with pytest.raises(stego.InputError, match="--dataset potsdam: .*pip install scipy"):
-                data.load_collection("potsdam", tmp_path, "train")
-        monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: True)
-        monkeypatch.setattr(data, "read_mat", lambda path, key: np.load(path)[key])
-        def savemat(path, arrays):
-            np.savez(path.open("wb"), **arrays)
-    img = np.stack([ALL_IDS, ALL_IDS // 2, ALL_IDS // 3, ALL_IDS], 2)
-    for name in ("imgs", "gt"):
-        (tmp_path / name).mkdir()
-    for name, ids in (("labelled_train", (7, 19)), ("labelled_test", (3,)), ("unlabelled_train", (4, 5, 6))):
+def test_potsdam_in_three_classes_without_infrared(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(stego.InputError, match="pip install scipy"):
+        patch.setattr(data.importlib.util, "find_spec", lambda name: None)
+        data.load_collection("potsdam", tmp_path, "train")
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(data, "read_mat", lambda path, key: {"img": pixels, "gt": ALL_IDS}[key])
+    pixels = np.stack([ALL_IDS, ALL_IDS // 2, ALL_IDS // 3, ALL_IDS], 2)
+    for name, ids in (("labelled_train", (7, 19)), ("labelled_test", (3,))):
         (tmp_path / f"{name}.txt").write_text("".join(f"{i}\n" for i in ids))
-        for i in ids:
-            savemat(tmp_path / f"imgs/{i}.mat", {"img": img})
-            savemat(tmp_path / f"gt/{i}.mat", {"gt": ALL_IDS})
+        for path in (tmp_path / folder / f"{i}.mat" for folder in ("imgs", "gt") for i in ids):
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
     for split, n in (("train", 2), ("val", 1)):
         collection = data.load_collection("potsdam", tmp_path, split)
-        assert len(collection) == n and np.array_equal(np.asarray(collection.image(0)), img[..., :3])
+        assert len(collection) == n and np.array_equal(np.asarray(collection.image(0)), pixels[..., :3])
         # 0 roads and 4 cars, 1 buildings and 5 clutter, 2 and 3 plants
         assert collection.label(0).ravel().tolist() == [0, 1, 2, 2, 0, 1] + [VOID] * 250
-    assert collection.names == ["roads and cars", "buildings and clutter", "trees and vegetation"]
-    assert not data.load_collection("potsdam", tmp_path, "unlabelled_train").has_labels
 
 
 @pytest.mark.parametrize("dataset", data.LAYOUTS)
@@ -252,37 +200,27 @@ def test_without_its_files_it_says_what_to_get_and_where_to_put_it(dataset, tmp_
         data.load_collection(dataset, tmp_path, "test")
 
 
-def test_missing_files_are_named_and_a_list_cannot_lead_out_of_the_folder(coco, tmp_path):
+def test_missing_files_are_named_and_a_list_cannot_lead_out_of_the_folder(coco):
     (coco / "cocostuff/annotations/val2017/000000000001.png").unlink()
     with pytest.raises(stego.InputError, match="^1 files are missing, such as .*/000000000001.png; --da"):
         data.load_collection("cocostuff27", coco, "val")
-    for name in ("images/x.jpg", "images/train2017/sub/x.jpg"):
-        save_image(coco / "cocostuff" / name)
-        save_label((coco / "cocostuff" / name.replace("images", "annotations")).with_suffix(".png"), ALL_IDS)
+    save_image(coco / "cocostuff/images/x.jpg")
+    save_label(coco / "cocostuff/annotations/x.png", ALL_IDS)
     path = coco / "cocostuff/curated/train2017/Coco164kFull_Stuff_Coarse.txt"
-    path.write_text(f"../x\n\nsub/x\n{tmp_path}/cocostuff/images/x\n..\n.\n000000000001\n")
+    path.write_text(f"../x\n\n{coco}/cocostuff/images/x\n..\n000000000001\n")
     images = data.load_collection("cocostuff27", coco, "train").images
     assert [path.stem for path in images] == ["000000000001"]
 
 
-# ---- scenes ----
-
 def test_a_seed_is_a_scene_and_no_two_splits_share_one():
     splits = [data.Scenes(split) for split in ("train", "dev", "val")]
-    assert [len(split) for split in splits] == [1000, 200, 200] and all(split.has_labels for split in splits)
+    assert [len(split) for split in splits] == [1000, 200, 200] and splits[2].n_classes == 9
     assert len({seed for split in splits for seed in split.images}) == 1400
-    assert len({split.image(0).tobytes() for split in splits}) == 3
     np.random.seed(1)  # the global state plays no part
     image, label = scenes.draw_scene(splits[2].images[5])
     assert splits[2].image(5).tobytes() == image.tobytes() and image.size == label.size == (128, 128)
-    assert np.array_equal(splits[2].label(5), np.asarray(label)) and splits[2].n_classes == 9
-    assert len({str(split.fingerprint()) for split in [*splits, data.Scenes("train", 9)]}) == 4
-    for root, split, message in ((None, "test", "--split test"), ("photos", "val", "--dataset directory")):
-        with pytest.raises(stego.InputError, match=message):
-            data.load_collection("scenes", root, split)
+    assert np.array_equal(splits[2].label(5), np.asarray(label))
 
-
-# ---- views ----
 
 def test_five_crops_are_cut_from_the_full_image_before_they_are_resized():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
@@ -308,9 +246,9 @@ def test_labels_go_through_the_views_of_their_image(folder):
 def test_views_of_odd_sizes_are_square_and_that_of_a_line_takes_no_gigabytes(monkeypatch):
     for size in ((1, 1), (1, 50), (301, 7)):
         assert data.views(Image.new("RGB", size), 32, "five").shape == (5, 32, 32, 3)
-    line, sizes, resize = Image.fromarray((np.arange(5000) // 20).astype(np.uint8)[:, None]), [], TF.resize
+    sizes, resize = [], TF.resize
     monkeypatch.setattr(data.TF, "resize", lambda image, *to: sizes.append(image.size) or resize(image, *to))
-    assert np.unique(data.square_view(line, 32)).tolist() == [124, 125]  # its middle
+    data.square_view(Image.new("L", (1, 5000)), 32)
     assert sizes == [(1, 8)]  # in place of 32 x 160,000 pixels
 
 
@@ -321,11 +259,8 @@ def test_normalize_is_torchvisions_and_sizes_are_rounded_to_patches():
     assert [data.round_to_patch(size, 14) for size in (224, 320, 1)] == [224, 322, 14]
 
 
-# ---- threads ----
-
 def test_threads_keep_the_order_run_a_little_ahead_and_end_when_nobody_reads_on():
     started, threads = [], threading.active_count()
-    assert list(data.in_threads(lambda i: i * i, range(100), 4)) == [i * i for i in range(100)]
     results = data.in_threads(lambda i: started.append(i) or i * i, iter(range(10 ** 9)), 3, ahead=5)
     assert [next(results) for _ in range(3)] == [0, 1, 4]
     results.close()  # waits for what was begun
@@ -335,8 +270,6 @@ def test_threads_keep_the_order_run_a_little_ahead_and_end_when_nobody_reads_on(
     with pytest.raises(ZeroDivisionError):  # where its result would come
         next(results)
 
-
-# ---- features ----
 
 def extract(backbone, collection, size=16, crop="none", facet="token", precision=torch.float32, **options):
     model = stego.Stego(backbone, 5, 3, facet=facet, precision=precision).eval()
@@ -378,56 +311,12 @@ def test_another_file_weight_size_crop_facet_or_precision_is_another_cache(folde
     assert len(set(seen)) == len(seen) == 10
 
 
-def test_an_extraction_that_was_stopped_goes_on_with_what_is_missing(workplace, backbone, monkeypatch):
-    train, image_views, read = data.directory(workplace / "images", "train", 3), data.image_views, []
-    monkeypatch.setattr(data, "image_views", lambda c, i, *how: read.append(i) or image_views(c, i, *how))
-    undisturbed = extract(backbone, train, crop="five", cache_dir="one")
-    features, calls = stego.Stego.features, []
-
-    def stop(model, images):
-        calls.append(len(images))
-        return features(model, images) if len(calls) < 2 else 1 / 0
-
-    monkeypatch.setattr(stego.Stego, "features", stop)
-    with pytest.raises(ZeroDivisionError):
-        extract(backbone, train, crop="five", cache_dir="two")
-    assert calls == [30, 30]  # views of 6 images each, as the memory should not grow with the crop
-    assert [path.suffix for path in (workplace / "two").iterdir()] == [".partial"]
-    monkeypatch.setattr(stego.Stego, "features", features)
-    read.clear()
-    resumed = extract(backbone, train, crop="five", cache_dir="two")
-    assert sorted(read) == [6, 7, 8, 9, 10, 11]
-    assert [path.suffix for path in (workplace / "two").iterdir()] == [""]  # renamed
-    for name in ("maps", "vectors", "labels"):
-        assert torch.equal(getattr(resumed, name), getattr(undisturbed, name))
-    extract(backbone, train, crop="five", cache_dir="two")
-    assert len(read) == 6  # the next run reads no image
-
-
-def test_the_shares_of_two_processes_make_the_features_of_one(workplace, backbone, monkeypatch):
-    train, image_views, read = data.directory(workplace / "images", "train", 3), data.image_views, []
-    monkeypatch.setattr(data, "image_views", lambda c, i, *how: read.append(i) or image_views(c, i, *how))
-
-    def second_process():  # the first one waits for it
-        monkeypatch.setattr(data.dist, "barrier", lambda: None)
-        extract(backbone, train, cache_dir="two", rank=1, world=2)
-
-    monkeypatch.setattr(data.dist, "barrier", second_process)
-    shared = extract(backbone, train, cache_dir="two", rank=0, world=2)
-    assert read == [0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]
-    assert torch.equal(shared.vectors, extract(backbone, train, cache_dir="one").vectors)
-    assert torch.equal(shared.maps, extract(backbone, train, cache_dir="one").maps)
-    assert [path.suffix for path in (workplace / "two").iterdir()] == [""]
-
-
 @pytest.mark.parametrize("value", [float("nan"), 1e6])  # float16 ends at 65,504
 def test_features_that_no_cache_can_hold_are_refused(value, folder, backbone):
     backbone.norm.bias.fill_(value)
     with pytest.raises(stego.InputError, match="a.png .* no numbers, or too large for float16"):
         extract(backbone, data.directory(folder, "train", 4))
 
-
-# ---- neighbours ----
 
 @pytest.mark.parametrize("n", [50, 6000])  # 6,000 are two blocks
 def test_nearest_neighbors_equal_brute_force_across_blocks(n):
@@ -443,9 +332,7 @@ def test_neighbors_are_computed_once_and_kept_beside_the_features(tmp_path, monk
     features = data.Features(None, torch.randn(6, 4), None, tmp_path)
     first = data.cached_neighbors(features, 2, "cpu")
     assert torch.equal(first, data.nearest_neighbors(features.vectors, 2))
-    assert data.cached_neighbors(features, 5, "cpu").sort(1).values[1].tolist() == [0, 2, 3, 4, 5]
-    for k in (0, 6):
-        with pytest.raises(ValueError, match="neighbours"):
-            data.cached_neighbors(features, k, "cpu")
+    with pytest.raises(ValueError, match="neighbours"):
+        data.cached_neighbors(features, 6, "cpu")
     monkeypatch.setattr(data, "nearest_neighbors", lambda *_: pytest.fail("computed again"))
     assert torch.equal(data.cached_neighbors(features, 2, "cpu"), first)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import ROOT, SMALL, fill_workplace, save_image, save_label, train_here
+from conftest import IMAGES, ROOT, fill_workplace, save_image, save_label, train_here
 from PIL import Image
 
 import data
@@ -19,10 +19,7 @@ from crf import dense_crf
 from evaluate import CRF, LINEAR, ONLINE, RAW, REFIT
 
 GOLDEN = np.load(ROOT / "tests/golden_stego.npz")
-TERMS = "self", "knn", "rand"
 
-
-# ---- confusion matrix, matching, scores ----
 
 def test_confusion_matrix_equals_a_slow_count_and_leaves_void_out():
     pred, label = torch.randint(0, 30, (3, 8, 8)).byte(), torch.randint(-1, 28, (3, 8, 8))
@@ -32,9 +29,6 @@ def test_confusion_matrix_equals_a_slow_count_and_leaves_void_out():
         if 0 <= c < 27:
             expected[p, c] += 1  # 30 x 27 is more than a byte holds
     assert evaluate.confusion_matrix(pred, label, 30, 27).tolist() == expected.tolist()
-    for pred, label in ((torch.zeros(3), torch.zeros(4)), ([7], [0]), ([-1], [0])):
-        with pytest.raises(ValueError):
-            evaluate.confusion_matrix(pred, label, 3, 3)
 
 
 @pytest.mark.parametrize("n, m", [(1, 1), (4, 4), (6, 6), (3, 6), (6, 3), (1, 5), (5, 1)])
@@ -50,8 +44,6 @@ def test_hungarian_equals_brute_force(n, m):
         matched = [(k, c) for k, c in enumerate(assignment) if c >= 0]
         assert len(assignment) == n and len({c for _, c in matched}) == len(matched) == min(n, m)
         assert sum(score[pair] for pair in matched) == pytest.approx(best)
-    with pytest.raises(ValueError, match="finite"):
-        evaluate.hungarian([[np.nan, 1.0]])
 
 
 @pytest.mark.parametrize("name", ["metrics0", "linear"])
@@ -76,33 +68,12 @@ def test_unmatched_clusters_are_errors_and_classes_that_never_occur_do_not_count
     assert np.isnan(found["miou"]) and np.isnan(found["accuracy"])
 
 
-# ---- k-means ----
-
-def test_kmeans_finds_separated_directions_whatever_the_lengths():
-    labels = torch.arange(300) % 4
-    codes = nnf.normalize(torch.randn(4, 8), dim=1)[labels] + 0.05 * torch.randn(300, 8)
-    centroids = evaluate.kmeans(codes * (0.1 + 5 * torch.rand(300, 1)), 4, restarts=3)
-    torch.testing.assert_close(centroids.norm(dim=1), torch.ones(4))
-    counts = evaluate.confusion_matrix((codes @ centroids.T).argmax(1), labels, 4, 4)
-    assert evaluate.scores(counts, evaluate.hungarian(counts))["accuracy"] == 100
-
-
-def test_kmeans_is_the_best_of_its_restarts_and_a_function_of_the_seed():
-    codes = nnf.normalize(torch.randn(400, 6), dim=1)
+def test_kmeans_is_the_best_of_its_restarts_and_a_function_of_directions_and_seed():
+    codes, lengths = nnf.normalize(torch.randn(400, 6), dim=1), 0.1 + 5 * torch.rand(400, 1)
     def objective(restarts, seed=3):
         return (codes @ evaluate.kmeans(codes, 9, restarts, seed).T).amax(1).mean().item()
-    assert torch.equal(evaluate.kmeans(codes, 9, 2, 3), evaluate.kmeans(codes, 9, 2, 3))
+    torch.testing.assert_close(evaluate.kmeans(codes, 9, 2, 3), evaluate.kmeans(codes * lengths, 9, 2, 3))
     assert objective(8) > max(objective(1), objective(2)) and objective(1) != objective(1, seed=4)
-
-
-def test_kmeans_leaves_no_cluster_empty_where_it_can():
-    codes = torch.cat([torch.ones(50, 3), torch.randn(6, 3)])
-    nearest = (nnf.normalize(codes, dim=1) @ evaluate.kmeans(codes, 6, 3).T).argmax(1)
-    assert len(nearest.unique()) == 6
-    torch.testing.assert_close(evaluate.kmeans(torch.ones(20, 3), 4, 2), torch.full((4, 3), 3 ** -0.5))
-    for n_clusters, restarts in ((57, 1), (0, 1), (2, 0)):
-        with pytest.raises(ValueError, match="clusters"):
-            evaluate.kmeans(codes, n_clusters, restarts)
 
 
 def test_the_rate_of_random_pairs_is_that_of_uneven_classes():
@@ -112,7 +83,6 @@ def test_the_rate_of_random_pairs_is_that_of_uneven_classes():
     vectors = directions[classes] + 0.15 * torch.randn(len(classes), 16)
     rate = evaluate.random_pair_rate(7 * vectors, 3)
     assert rate == pytest.approx(0.36 + 0.09 + 0.01, abs=0.02)
-    assert rate == evaluate.random_pair_rate(vectors, 3)
 
 
 def test_centroids_that_nearly_coincide_become_one():
@@ -123,15 +93,6 @@ def test_centroids_that_nearly_coincide_become_one():
     assert torch.allclose(evaluate.merge_near(apart), apart)
 
 
-def test_sampled_positions_are_different_positions_of_the_maps():
-    maps = torch.arange(10 * 4 * 5.0).reshape(10, 1, 4, 5).repeat(1, 3, 1, 1)
-    points = evaluate.sample_positions(maps, n_points=60)
-    assert points.shape == (60, 3) and len(points[:, 0].unique()) == 60
-    assert torch.equal(points[:, 0].long() // 20, torch.arange(10).repeat_interleave(6))  # 6 of each map
-
-
-# ---- correspondences and health ----
-
 def test_correspondences_know_the_classes_of_their_points():
     """The channel of the maps is the class, one left of an edge and one right of it; 16 pixels a patch."""
     classes = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 3]])[:, [0] * 2 + [1] * 14, None].mT.repeat(1, 16, 1)
@@ -139,19 +100,15 @@ def test_correspondences_know_the_classes_of_their_points():
     labels = classes.repeat_interleave(16, 1).repeat_interleave(16, 2).byte()
     labels[labels == 3] = data.VOID
     features, neighbors = data.Features(maps, None, labels, None), torch.tensor([[1], [2], [3], [0]])
-    def pairs(**options):
-        return evaluate.correspondences(features, neighbors, lambda maps: -maps, "cpu", **options)
-    found, shares = pairs(), []
+    found = evaluate.correspondences(features, neighbors, lambda maps: -maps, "cpu")
     for F, S, same in found.values():
         assert len(F) == len(same) == 10 * 4 * 121 ** 2 and torch.equal(F, S)
         assert 0.1 < (same == -1).float().mean() < 0.5  # pairs with a void point
         assert ((F > 0.5 ** 0.5) == same)[same >= 0].float().mean() > 0.99  # but for points right at an edge
-        shares.append(same[same >= 0].float().mean())
-    assert [*found] == [*TERMS] and shares[0] > 0.8 > 0.2 > shares[1] > 0.05
-    assert pairs(dropout=0.5)["self"][0].mean() < found["self"][0].mean() - 0.05
-    features = features._replace(labels=None)
-    for F, _, same in pairs(center=True, n_batches=1).values():
-        assert (same == -1).all() and F.reshape(4 * 121, 121).mean(1).std() < 1e-4
+    assert [*found] == ["self", "knn", "rand"]
+    found = evaluate.correspondences(features._replace(labels=None), neighbors, torch.neg, "cpu", center=True)
+    for F, _, same in found.values():
+        assert (same == -1).all() and abs(F.mean()) < 0.9
 
 
 def test_precision_and_recall_equal_a_slow_loop():
@@ -166,37 +123,31 @@ def test_precision_and_recall_equal_a_slow_loop():
     assert evaluate.precision_recall(similarity, torch.zeros(40).char())[2] == 0
 
 
-def test_health_tells_collapsed_and_scattered_codes_from_good_ones():
-    def health(codes):
+def test_health_warns_of_collapsed_and_of_scattered_codes():
+    def warnings(codes):
         probe = stego.ClusterProbe(codes.shape[1], 4)
         probe.centroids.data = evaluate.kmeans(codes, 4)
         clusters = (codes @ probe.centroids.T).argmax(1).reshape(4, 5, 10)  # of four views
-        return evaluate.diagnose(codes, probe, clusters)
+        return " ".join(evaluate.diagnose(codes, probe, clusters)[1])
     codes = torch.eye(8)[:4].repeat(50, 1) + 0.05 * torch.randn(200, 8)
-    found, warnings = health(codes)
-    assert not warnings and 3.5 < found["effective_rank"] < 5 and found["compactness"] > 0.95
-    assert found["largest_cluster"] == 0.25 and 0.25 < found["largest_in_view"] < 0.3
-    one_each, = health(codes.reshape(50, 4, 8).transpose(0, 1).reshape(200, 8))[1]
-    assert "nearly every image is one cluster: raise --b-self" in one_each
-    assert "collapsed" in health(torch.ones(200, 8) + 0.01 * torch.randn(200, 8))[1][0]
-    assert "hardly cluster" in health(torch.randn(200, 64))[1][0]
+    assert not warnings(codes)
+    assert "every image is one cluster" in warnings(codes.reshape(50, 4, 8).transpose(0, 1).reshape(200, 8))
+    assert "collapsed" in warnings(torch.ones(200, 8) + 0.01 * torch.randn(200, 8))
+    assert "hardly cluster" in warnings(torch.randn(200, 64))
 
-
-# ---- from images to clusters ----
 
 class Made(data.Collection):
-    """Four random images of blocks, with labels or without."""
+    """Four random images of blocks, with labels."""
 
-    def __init__(self, has_labels=True):
+    def __init__(self):
         super().__init__("made", "val", range(4), range(4), "abc")
-        self.has_labels = has_labels
 
     def image(self, i):
         blocks = np.random.default_rng(i).integers(0, 256, (5, 8, 3), np.uint8)
         return Image.fromarray(blocks.repeat(8, 0).repeat(8, 1))
 
     def label(self, i):
-        return np.random.default_rng(i).integers(0, 4, (40, 64), np.uint8) if self.has_labels else None
+        return np.random.default_rng(i).integers(0, 4, (40, 64), np.uint8)
 
 
 @pytest.fixture
@@ -220,8 +171,7 @@ def test_flip_averaging_and_probabilities_equal_a_straight_computation(model):
             torch.testing.assert_close(found, (scale * probe(large)).log_softmax(1))
 
 
-def test_evaluation_equals_a_straight_computation(model, monkeypatch):
-    """By one process, or in shares of five, of which one has no image."""
+def test_evaluation_equals_a_straight_computation(model):
     collection, raw = Made(), stego.ClusterProbe(16, 5).requires_grad_(False)
     probes = {RAW: raw, **evaluate.model_probes(model)}
     confusions, samples = evaluate.evaluate(model, collection, 32, probes, crf=True, workers=1, n_samples=3)
@@ -243,24 +193,6 @@ def test_evaluation_equals_a_straight_computation(model, monkeypatch):
     assert all(torch.equal(confusions[row], expected[row]) for row in expected)
     assert len(samples) == 3 and np.array_equal(samples[2][0].transpose(2, 0, 1), image[0])
 
-    reduced = []
-    monkeypatch.setattr(evaluate.dist, "all_reduce", reduced.append)
-    shares = [evaluate.evaluate(model, collection, 32, probes, False, 1, rank, 5)[0] for rank in range(5)]
-    assert all(torch.equal(sum(share[row] for share in shares), expected[row]) for row in probes)
-    assert len(reduced) == 5 * len(probes)
-
-
-def test_without_labels_there_are_pictures_and_no_scores(model, tmp_path):
-    model.linear_probe, collection = None, Made(has_labels=False)
-    probes = evaluate.model_probes(model)
-    confusions, samples = evaluate.evaluate(model, collection, 32, probes, crf=False, workers=1)
-    legend = [f"thing {k}" for k in range(5)], data.class_palette(5)
-    found = evaluate.report(tmp_path, confusions, samples, collection, probes, legend, warnings=["too bad"])
-    assert found[0] == legend[0] and np.array_equal(found[1], legend[1])
-    summary = json.loads((tmp_path / "scores.json").read_text())
-    assert confusions == summary["results"] == {} and summary["warnings"] == ["too bad"]
-    assert not (tmp_path / "confusion.png").exists() and data.read_image(tmp_path / "panel.png").width > 300
-
 
 def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(model, tmp_path, capsys):
     probes, palette = {REFIT: model.refit_probe, LINEAR: model.linear_probe}, data.class_palette(3)
@@ -269,19 +201,16 @@ def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(model, tmp_pa
     counts = np.array([[0, 0, 0], [1, 9, 0], [0, 0, 0], [8, 0, 0], [2, 0, 0]])
     confusions = {REFIT: counts, REFIT + CRF: counts, LINEAR: np.eye(3)}
     legend = ["b", "b", "x", "a", "a"], data.class_palette(5)
-    names, colours = evaluate.report(tmp_path, confusions, samples, Made(), probes, legend, [0, 1, 0, 0, 0],
-                                     config={"seed": 3})
+    names, colours = evaluate.report(tmp_path, confusions, samples, Made(), probes, legend, [0, 1, 0, 0, 0])
     summary = json.loads((tmp_path / "scores.json").read_text(), parse_constant=pytest.fail)  # of NaN
     found = summary["results"][REFIT]
     assert found["iou"] == pytest.approx([800 / 11, 90, None]) and found["accuracy"] == pytest.approx(85)
-    assert summary["prediction"] == REFIT and summary["config"] == {"seed": 3}
     assert found["assignment"][1::2] == [1, 0] and sorted(found["assignment"])[:2] == [-1, -1]
     assert summary["results"]["by training labels"]["accuracy"] == 95  # one of 20 pixels is in a cluster of b
     assert summary["results"]["as named"]["assignment"] == [1, 1, -1, 0, 0]
     assert names[3] == "a" and np.array_equal(colours[3], palette[0])
     assert len({(name, *colour) for name, colour in zip(names, colours)}) == 5
     pixels = np.asarray(data.read_image(tmp_path / "panel.png"))
-    assert pixels.shape[1] == 40 + 5 * (280 + 6) - 6  # image, label, two of the prediction, the linear probe
     assert (pixels[60:330, 320:580] == palette[0]).all()  # the label, all of class 0
     line, = [line for line in capsys.readouterr().out.splitlines() if line.endswith("<- the prediction")]
     assert line.split()[:5] == ["k-means", "on", "codes", "81.4", "85.0"]
@@ -300,16 +229,10 @@ def test_compare_groups_runs_by_their_settings(tmp_path, capsys):
     assert rows == [["12.0", "±", "2.8", "24.0", "±", "5.7"], ["50.0", "100.0", "<-", "the", "prediction"]]
 
 
-# ---- photos ----
-
-@pytest.mark.parametrize("crf", [True, False])
-def test_photos_of_any_size_are_segmented_at_their_own_size(crf, model, monkeypatch):
-    seen, resize = [], evaluate.TF.resize
-    monkeypatch.setattr(evaluate.TF, "resize", lambda image, to, by: seen.append(to) or resize(image, to, by))
-    for size in ((70, 33), (5, 400), (1, 1)):
+def test_photos_of_any_size_are_segmented_at_their_own_size(model):
+    for size, crf in (((70, 33), True), ((5, 400), False), ((1, 1), True)):
         ids = evaluate.predict(model, model.refit_probe, Made().image(0).resize(size), 32, crf)
         assert ids.shape == size[::-1] and ids.dtype == np.uint8 and ids.max() < 5
-    assert seen == [(32, 64), (128, 32), (32, 32)]  # of the network, whose longer side has a limit
 
 
 def test_a_prediction_is_of_the_whole_image(model):
@@ -338,28 +261,23 @@ def test_a_folder_of_photos_is_predicted_under_its_names_and_in_its_colours(mode
         assert segmented.mode == "P" and segmented.size == (33, 71)
         ids, colours = np.asarray(segmented), np.asarray(segmented.convert("RGB"))
     photo = data.read_image(tmp_path / "photos/sub/b.png")
-    assert np.array_equal(ids, evaluate.predict(model, model.refit_probe, photo, 32, False)) and ids.max() < 5
+    assert np.array_equal(ids, evaluate.predict(model, model.refit_probe, photo, 32, False))
     assert np.array_equal(colours, data.class_palette(5)[ids])
-    overlay = np.asarray(data.read_image(tmp_path / "out/sub/b_overlay.jpg")).mean((0, 1))
-    assert overlay == pytest.approx((colours / 2 + np.asarray(photo) / 2).mean((0, 1)), abs=2)
     legend = json.loads((tmp_path / "out/classes.json").read_text())
     assert legend["3"] == {"name": "cluster 3", "color": data.class_palette(5)[3].tolist()}
     predict_here(model, tmp_path / "photos/a.jpg", tmp_path / "photos/one")  # below its own folder
     assert (tmp_path / "photos/one/a.png").is_file()
 
 
-@pytest.mark.parametrize("names, photos, out, message", [
-    (["a.jpg"], "photos", "photos/out", "photos/out lies inside .*photos"),
-    (["a.png"], "photos/a.png", "photos", "photos lies inside .*photos"),  # a.png would be replaced
-    (["a.jpg", "a.png"], "photos", "out", "a.jpg: its result, .*a.png, would have the name of another"),
-    (["panel.jpg"], "photos", "out", "panel.jpg: its result, .*panel.png")])
-def test_no_result_replaces_another_file(names, photos, out, message, model, tmp_path):
-    for name in names:
+@pytest.mark.parametrize("photos, out, message", [
+    ("photos/a.png", "photos", "photos lies inside .*photos"),  # a.png would be replaced
+    ("photos", "out", "a.jpg: its result, .*a.png, would have the name of another")])
+def test_no_result_replaces_another_file(photos, out, message, model, tmp_path):
+    for name in ("a.jpg", "a.png"):
         save_image(tmp_path / "photos" / name)
-    before = data.files_below(tmp_path)
     with pytest.raises(stego.InputError, match=message):
         predict_here(model, tmp_path / photos, tmp_path / out)
-    assert data.files_below(tmp_path) == before
+    assert len(data.files_below(tmp_path)) == 2
 
 
 def test_a_person_may_edit_names_and_colours_of_clusters(tmp_path):
@@ -369,14 +287,11 @@ def test_a_person_may_edit_names_and_colours_of_clusters(tmp_path):
     path.write_text(path.read_text().replace("sea", "sky\\n above"))
     names, colours = evaluate.read_legend(path, 4)
     assert names == ["sky", "tree", "sky above", "road"] and np.array_equal(colours, palette)
-    for bad in ("{", "[1]", '{"9": {"name": "a", "color": [1, 2, 3]}}', '{"0": {"name": "a"}}',
-                '{"0": {"name": "a", "color": [1, 2]}}', '{"x": 1}'):
+    for bad in ("{", "[1]", '{"9": {"name": "a", "color": [1, 2, 3]}}', '{"0": {"name": "a"}}'):
         path.write_text(bad)
         with pytest.raises(stego.InputError, match="clusters.json: not a list of clusters"):
             evaluate.read_legend(path, 4)
 
-
-# ---- pictures ----
 
 def test_a_confusion_matrix_is_drawn_in_shares_of_the_true_class(tmp_path):
     evaluate.draw_confusion(tmp_path / "c.png", [[9, 1, 0], [0, 3, 0]], ["one line", "y" * 99], "abc")
@@ -392,51 +307,50 @@ def test_curves_run_through_their_points_and_past_their_marks(tmp_path):
     def near(x, y, colour):  # of the first plot, which has 330 x 190 pixels
         part = pixels[round(40.3 + y * 190):, round(77 + x * 330):][:7, :7]
         return np.abs(part - colour).sum(2).min() < 60
-    for x in (0.1, 0.4, 0.9):
-        assert near(x, 1 - x, (0, 114, 178)) and near(x, x, (213, 94, 0)) and not near(x, x, (0, 114, 178))
+    assert near(0.1, 0.9, (0, 114, 178)) and near(0.1, 0.1, (213, 94, 0))
+    assert not near(0.1, 0.1, (0, 114, 178))
     assert near(0.25, 0.9, (0, 0, 0)) and not near(0.5, 0.9, (0, 0, 0))
-    evaluate.draw_losses(tmp_path / "l.png", [{"step": 9 * i, "self": 0.1 * i, "knn": 0} for i in range(30)])
-    F = torch.linspace(-1, 1, 50)
-    pairs = {"knn": (F, -F, (F > 0).long()), "rand": (F, -F, torch.zeros(50).long())}  # no pair of one class
-    evaluate.draw_diagnostics(tmp_path / "d.png", pairs, [0.1, 0.2])
-    evaluate.draw_precision_recall(tmp_path / "p.png", pairs)
-    assert {data.read_image(tmp_path / f"{name}.png").size for name in "cldp"} == {(900, 332)}
 
 
-# ---- device, precision, what goes wrong ----
+@pytest.fixture
+def pretended(monkeypatch):
+    """Makes CUDA and MPS seem to be there, with a gradient that is wrong by a function of the device."""
+    def pretend(error):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        monkeypatch.setattr(evaluate, "gradient_of_sample",
+                            lambda device: torch.ones(3) + error(torch.device(device).type))
+    return pretend
 
-def test_a_device_that_computes_wrong_gradients_is_passed_over(monkeypatch, capsys):
-    assert evaluate.choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(stego.InputError, match=r"^--device abacus: not usable here \(.+\)$"):
-        evaluate.choose_device("abacus")
-    right, answers = evaluate.gradient_of_sample("cpu"), {}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(evaluate, "gradient_of_sample", lambda device: answers[str(device)])  # or KeyError
-    answers.update({"cpu": right, "cuda:3": 0 * right})
+
+def test_a_device_that_computes_wrong_gradients_or_none_is_not_used(pretended, capsys):
+    def error(kind):
+        if kind == "cuda":
+            raise RuntimeError("no kernel image is available\nmore")
+        return 0.1 if kind == "mps" else 0
+    pretended(error)
     assert evaluate.choose_device("auto") == torch.device("cpu")
-    out = capsys.readouterr().out
-    assert "cuda is not used: this version" in out and "mps is not used: " in out
-    answers["cuda:3"] = right
-    assert evaluate.choose_device("auto") == torch.device("cuda", 3)  # a number holds in threads, too
+    assert capsys.readouterr().out.splitlines() == [
+        "cuda is not used: no kernel image is available",
+        "mps is not used: this version of PyTorch computes wrong gradients there"]
+    for name, reason in (("cuda:1", "no kernel image"), ("mps", "wrong gradients"), ("abacus", "abacus")):
+        with pytest.raises(stego.InputError, match=f"--device {name}: not usable here .*{reason}"):
+            evaluate.choose_device(name)
 
 
-def test_precision_follows_from_the_hardware_or_the_option(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
-    assert evaluate.choose_precision("float16", cpu) == torch.float16
-    for capability, flags, dtype in (((8, 0), "amx_bf16", torch.bfloat16), ((7, 5), "avx2", torch.float32)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(evaluate.Path, "read_text", lambda path: flags)
-        monkeypatch.setattr(evaluate.Path, "is_file", lambda path: True)
-        assert evaluate.choose_precision("auto", cuda) == evaluate.choose_precision("auto", cpu) == dtype
+def test_the_device_is_the_first_that_works_and_a_gpu_has_its_number(pretended):
+    pretended(lambda kind: 0)
+    assert evaluate.choose_device("auto") == evaluate.choose_device("cuda") == torch.device("cuda", 3)
+    assert evaluate.choose_device("auto", local_rank=1) == torch.device("cuda", 1)
+    pretended(lambda kind: kind == "cuda")
+    assert evaluate.choose_device("auto") == torch.device("mps")
 
 
 @pytest.mark.parametrize("error, status, sentence", [
     (stego.InputError("no images"), 2, "error: no images"), (OSError(28, "disk full"), 2, "error: .*disk f"),
     (MemoryError(), 2, "memory is full"), (RuntimeError("CUDA error: out of memory\n"), 2, "--batch-size"),
-    (RuntimeError("MPS backend out of memory"), 2, "memory is full"), (KeyboardInterrupt(), 130, "--resume"),
-    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when"), 2, "memory is full"),
+    (KeyboardInterrupt(), 130, "--resume"), (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when"), 2, "memory is"),
     (RuntimeError("shapes do not match"), None, None), (ValueError("a mistake of ours"), None, None)])
 def test_what_goes_wrong_is_one_sentence_but_our_mistakes_are_raised(error, status, sentence, capsys):
     def main():
@@ -448,8 +362,6 @@ def test_what_goes_wrong_is_one_sentence_but_our_mistakes_are_raised(error, stat
         assert re.fullmatch(f".*{sentence}.*", capsys.readouterr().err.strip())  # . is no line break
 
 
-# ---- the command line ----
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with images, and runs/t that was trained on them."""
@@ -457,7 +369,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         fill_workplace(path)
-        train_here(patch, "--data-root", "images", "--name", "t", "--no-crf", *SMALL)
+        train_here(patch, "--name", "t", *IMAGES)
     return path
 
 

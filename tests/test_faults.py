@@ -1,4 +1,4 @@
-"""Runs that are killed or interrupted, two processes that share one, and systems that lack what Linux has."""
+"""Runs that are killed, two processes that share one, GPUs, and systems that lack what Linux has."""
 import os
 import runpy
 import signal
@@ -9,23 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, train_here, weights
+from conftest import IMAGES, ROOT, train_here, weights
 
 import data
 import evaluate
 import stego
-import train
-
-IMAGES = ["--data-root", "images", "--no-crf", *SMALL]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So that this process and others round their sums alike."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def python(*arguments):
@@ -34,8 +22,6 @@ def python(*arguments):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False,
                           env=environment, timeout=120)
 
-
-# ---- killed and resumed ----
 
 FAULTY = """
 import itertools, multiprocessing, os, signal, sys, time, types
@@ -97,39 +83,6 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(workpla
         assert array.read_bytes() == Path("cache", *array.parts[1:]).read_bytes()
     assert not list(workplace.glob("*/*.partial")) + list(workplace.glob("runs/*/*.tmp"))
 
-
-def test_ctrl_c_ends_with_a_sentence_and_the_run_goes_on(workplace, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", *IMAGES, "--name", "t"])
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell's background jobs ignore
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(stego, "derangement", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-        evaluate.run_main(train.main)
-    signal.signal(signal.SIGINT, before)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 130 and "interrupted; a training run goes on with --resume NAME" in error
-    train_here(monkeypatch, "--resume", "t")
-    assert Path("runs/t/scores.json").is_file()
-
-
-def test_a_stopped_extraction_goes_on_where_it_stopped(workplace, monkeypatch):
-    model = stego.Stego(stego.load_backbone("vit.pth"), 5, 3)
-    images = data.load_collection("directory", "images", "train", 3)
-    monkeypatch.setattr(data.fill_cache, "__defaults__", (4,))
-    seen, normalize = [], data.normalize
-
-    def dying(pixels):
-        seen.append(len(pixels))
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return normalize(pixels)
-    monkeypatch.setattr(data, "normalize", dying)
-    with pytest.raises(KeyboardInterrupt):
-        data.extract_features(model, images, 32)
-    data.extract_features(model, images, 32)
-    assert seen == [4, 4, 4, 4]  # the first two were kept, the third was done again
-
-
-# ---- several processes ----
 
 TELLING = """
 import torch
@@ -194,7 +147,18 @@ def test_processes_without_a_gpu_of_their_own_are_refused(device, gpus, monkeypa
         evaluate.join_processes(device)
 
 
-# ---- other systems ----
+def test_copies_wait_but_on_cuda(workplace, monkeypatch):
+    """Elsewhere a copy that does not wait reads memory that is already another's (pytorch 189690)."""
+    to, waits = torch.Tensor.to, []
+
+    def noting_to(tensor, *arguments, **options):
+        waits.append(not options.get("non_blocking") and True not in arguments)
+        return to(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", noting_to)
+    train_here(monkeypatch, *IMAGES, "--name", "t", "--steps", "2")
+    assert all(waits) and len(waits) > 12
+
 
 def test_the_scripts_run_where_there_is_no_fcntl_and_nothing_to_fork(workplace, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)

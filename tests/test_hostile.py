@@ -1,85 +1,52 @@
 """Checkpoints: ours and the authors' give back their models; hostile and damaged files are harmless."""
 import argparse
 import collections
-import contextlib
 import functools
 import importlib
 import io
-import json
 import os
 import pickle
 import random
-import runpy
-import subprocess
 import sys
-import time
-import timeit
 import types
 import zipfile
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import ROOT
-from test_weights import random_vit, save_safetensors, write_safetensors
+from test_weights import random_vit, save_safetensors
 from torch import nn
 
 import stego
 
-AUTHORS = {  # of the authors' configs/train_config.yml, as for their CocoStuff-27 ViT-B, but for dim
-    "dataset_name": "cocostuff27", "crop_type": "five", "res": 224, "model_type": "vit_base", "dim": 7,
-    "dino_patch_size": 8, "dino_feat_type": "feat", "pretrained_weights": None, "pointwise": True,
-    "zero_clamp": True, "stabalize": False, "lr": 5e-4, "max_steps": 7000, "batch_size": 32,
-    "num_neighbors": 7, "neg_inter_weight": 0.15, "pos_inter_weight": 1, "pos_intra_weight": 0.1,
-    "neg_inter_shift": 1, "pos_inter_shift": 0.2, "pos_intra_shift": 0.12, "hydra": {"run": {"dir": "."}},
-    "tags": ["a"]}
+AUTHORS = {  # of the authors' configs/train_config.yml
+    "dataset_name": "cocostuff27", "crop_type": None, "model_type": "vit_small", "dino_patch_size": 8,
+    "dino_feat_type": "feat", "dim": 7, "pos_intra_weight": 0.1, "pos_inter_weight": 1,
+    "neg_inter_weight": 0.15, "pos_intra_shift": 0.12, "pos_inter_shift": 0.2, "neg_inter_shift": 1,
+    "hydra": {"run": {"dir": "."}}, "tags": ["a"]}
 
 
 def small_model():
     return stego.Stego(random_vit("dino"), 7, 6).eval()
 
 
-def same_outputs(a, b):
-    images = torch.randn(2, 3, 32, 40)
-    return torch.equal(a(images), b(images))
-
-
-# ---- our checkpoints ----
-
 @pytest.mark.parametrize("family, heads, options", [
     ("dino", 2, {"n_classes": 5}), ("dinov3_plus", 4, {"facet": "key", "dropout": 0.3})])
 def test_a_checkpoint_gives_back_the_model_and_its_settings(family, heads, options, tmp_path):
     model = stego.Stego(random_vit(family, num_heads=heads), 7, 6, **options).eval()
-    settings = {"steps": 3, "names": ["a"], "lr": None}
     if family != "dino":
         model.refit_probe = stego.ClusterProbe(7, 4)
-    stego.save_checkpoint(tmp_path / "c.pt", model, settings, step=3)
+    stego.save_checkpoint(tmp_path / "c.pt", model, {"steps": 3, "lr": None}, step=3)
     loaded, config = stego.load_checkpoint(tmp_path / "c.pt")
-    assert config == settings and not any(module.training for module in loaded.modules())
-    assert same_outputs(loaded, model) and loaded.head.dropout.p == options.get("dropout", 0.1)
+    assert config == {"steps": 3, "lr": None} and not any(module.training for module in loaded.modules())
+    assert loaded.head.dropout.p == options.get("dropout", 0.1)
+    images = torch.randn(2, 3, 32, 40)
+    assert torch.equal(loaded(images), model(images))
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
     assert not any(parameter.requires_grad for parameter in loaded.backbone.parameters())
-    assert torch.load(tmp_path / "c.pt", weights_only=True)["training"] == {"step": 3}
 
-
-def test_a_write_that_fails_half_way_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
-    stego.save_checkpoint(tmp_path / "c.pt", small_model(), {"step": 1})
-    write = Path.write_bytes
-
-    def fail(path, content):
-        write(path, content[:1000])
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", fail)
-    with pytest.raises(OSError, match="no space"):
-        stego.save_checkpoint(tmp_path / "c.pt", small_model(), {"step": 2})
-    assert stego.load_checkpoint(tmp_path / "c.pt")[1] == {"step": 1} and os.listdir(tmp_path) == ["c.pt"]
-
-
-# ---- the authors' checkpoints ----
 
 def foreign(path, bases=(), **attributes):
     """An instance of a class that pickles under this path, importable while sys.modules holds its module."""
@@ -98,21 +65,18 @@ def omegaconf(value):
         return foreign("omegaconf.listconfig.ListConfig", _content=[omegaconf(item) for item in value])
     if not isinstance(value, dict):
         return foreign("omegaconf.nodes.AnyNode", _val=value, _parent=None)
-    metadata = foreign("omegaconf.base.ContainerMetadata", object_type=dict, ref_type=argparse.Namespace)
     content = {key: omegaconf(item) for key, item in value.items()}
-    return foreign("omegaconf.dictconfig.DictConfig", _content=content, _metadata=metadata, _parent=None)
+    return foreign("omegaconf.dictconfig.DictConfig", _content=content, _parent=None)
 
 
-def authors_checkpoint(path, attribute_dict=False, lacking=None, **settings):
+def authors_checkpoint(path, attribute_dict=False, **settings):
     """What Lightning and omegaconf make of a small model of the authors'. Returns its weights and its ViT."""
     vit = random_vit("dino")
-    layers = {"net.model": vit, "net.cluster1.0": nn.Conv2d(128, 7, 1), "decoder": nn.Conv2d(7, 128, 1),
-              "net.cluster2.0": nn.Conv2d(128, 128, 1), "net.cluster2.2": nn.Conv2d(128, 7, 1),
-              "linear_probe": nn.Conv2d(7, 5, 1)}
+    layers = {"net.model": vit, "net.cluster1.0": nn.Conv2d(128, 7, 1), "linear_probe": nn.Conv2d(7, 5, 1),
+              "net.cluster2.0": nn.Conv2d(128, 128, 1), "net.cluster2.2": nn.Conv2d(128, 7, 1)}
     state = {f"{name}.{key}": value for name, layer in layers.items()
              for key, value in layer.state_dict().items()}
     state |= {"train_cluster_probe.clusters": torch.randn(5, 7), "cluster_probe.clusters": torch.randn(8, 7)}
-    state.pop(lacking, None)
     with mock.patch.dict(sys.modules):
         parameters = foreign("lightning.parsing.AttributeDict", (dict,)) if attribute_dict else {}
         parameters["cfg"] = omegaconf(AUTHORS | settings)
@@ -139,33 +103,12 @@ def test_the_authors_checkpoint_gives_its_codes_and_predictions(feat_type, facet
     torch.testing.assert_close(model(images), codes, rtol=0, atol=1e-5)
     torch.testing.assert_close(model.cluster_probe(codes), cosine, rtol=0, atol=1e-5)
     torch.testing.assert_close(model.linear_probe(codes), conv(codes, "linear_probe"), rtol=0, atol=1e-5)
-    assert model.refit_probe is None and not model.training and config["facet"] == facet
+    assert model.refit_probe is None and not model.training
+    assert config == {
+        "dataset": "cocostuff27", "backbone": "dino_vits8", "crop": "none", "facet": facet, "code_dim": 7,
+        "num_classes": 5, "num_clusters": 8, "data_root": None, "eval_resolution": 320, "lambda_self": 0.1,
+        "lambda_knn": 1, "lambda_rand": 0.15, "b_self": 0.12, "b_knn": 0.2, "b_rand": 1}
 
-
-@pytest.mark.parametrize("settings, expected", [
-    ({}, {}), ({"dataset_name": "potsdam", "model_type": "vit_small", "crop_type": None},
-               {"dataset": "potsdam", "backbone": "dino_vits8", "crop": "none"}),
-    ({"model_type": "vit_small", "dino_patch_size": 16}, {"backbone": "dino_vits16"})])
-def test_the_authors_settings_get_our_names(settings, expected, tmp_path):
-    authors_checkpoint(tmp_path / "a.ckpt", **settings)
-    config = stego.load_checkpoint(tmp_path / "a.ckpt")[1]
-    assert json.loads(json.dumps(config)) == config == {
-        "dataset": "cocostuff27", "data_root": None, "backbone": "dino_vitb8", "facet": "token",
-        "crop": "five", "resolution": 224, "eval_resolution": 320, "num_classes": 5, "num_clusters": 8,
-        "code_dim": 7, "steps": 7000, "batch_size": 32, "lr": 5e-4, "neighbors": 7, "center": True,
-        "zero_clamp": True, "stabilize": False, "lambda_self": 0.1, "lambda_knn": 1, "lambda_rand": 0.15,
-        "b_self": 0.12, "b_knn": 0.2, "b_rand": 1} | expected
-
-
-def test_an_authors_checkpoint_that_lacks_a_part_is_refused(tmp_path):
-    for lacking in ("linear_probe.weight", "net.cluster2.2.bias", "cluster_probe.clusters",
-                    "net.model.blocks.1.attn.qkv.bias"):
-        authors_checkpoint(tmp_path / "a.ckpt", lacking=lacking)
-        with pytest.raises(stego.InputError, match=r"a\.ckpt: neither a checkpoint"):
-            stego.load_checkpoint(tmp_path / "a.ckpt")
-
-
-# ---- files that mean harm ----
 
 class Call:
     """Pickles as a call of function(*args), whose result may get a state."""
@@ -182,30 +125,22 @@ class Call:
 
 def harmful(folder):
     """name -> an object whose unpickling makes the folder."""
-    mkdir, python = Call(os.mkdir, folder), f"import os; os.mkdir({folder!r})"
+    mkdir = Call(os.mkdir, folder)
     return {
-        "os.mkdir": mkdir, "os.system": Call(os.system, f"mkdir {folder}"), "exec": Call(exec, python),
-        "eval": Call(eval, f"__import__('os').mkdir({folder!r})"), "runpy": Call(runpy._run_code, python, {}),
-        "subprocess": Call(subprocess.check_call, [sys.executable, "-S", "-c", python]),
-        "timeit": Call(timeit.timeit, python, "pass", time.perf_counter, 1),
+        "os.system": Call(os.system, f"mkdir {folder}"),
+        "eval": Call(eval, f"__import__('os').mkdir({folder!r})"),
         "getattr": Call(Call(getattr, Call(importlib.import_module, "os"), "mkdir"), folder),
-        "partial": Call(Call(functools.partial, os.mkdir, folder)), "Path": Call(Path.mkdir, Path(folder)),
-        "map": Call(list, Call(map, os.mkdir, [folder])), "in containers": [1, {"a": (mkdir,)}],
-        "as a key": {mkdir: 1}, "in a parameter": Call(torch._utils._rebuild_parameter, mkdir, True, {}),
+        "partial": Call(Call(functools.partial, os.mkdir, folder)), "in containers": [1, {"a": (mkdir,)}],
+        "in a parameter": Call(torch._utils._rebuild_parameter, mkdir, True, {}),
         "in a state": Call(argparse.Namespace, state={"a": mkdir}), "beside a module": [nn.ReLU(), mkdir],
         "in a state of OrderedDict": Call(collections.OrderedDict, state={"a": mkdir})}
 
 
-def write_pickle(path, pickled, old):
-    """The file that torch.save writes for this pickle, without tensors; old: as before torch 1.6."""
-    if old:
-        header = io.BytesIO()
-        torch.save(None, header, _use_new_zipfile_serialization=False)
-        path.write_bytes(header.getvalue().partition(pickle.dumps(None, 2))[0] + pickled)
-    else:
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("archive/data.pkl", pickled)
-            archive.writestr("archive/version", "3")
+def write_pickle(path, pickled):
+    """The file that torch.save writes for this pickle, without tensors."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3")
 
 
 @pytest.mark.parametrize("name", harmful("x"))
@@ -214,20 +149,15 @@ def test_no_code_in_a_file_is_ever_run(name, old, tmp_path):
     bad, executed = harmful(str(tmp_path / "executed"))[name], tmp_path / "executed"
     pickle.loads(pickle.dumps(bad))  # so the file does mean harm
     executed.rmdir()
-    model, path = small_model(), tmp_path / "bad.pt"
-    stego.save_checkpoint(path, model, {})
+    path = tmp_path / "bad.pt"
+    stego.save_checkpoint(path, small_model(), {})
     good = torch.load(path, weights_only=True)
-    weights = good["model"] | {"more": bad}
-    for saved in (bad, {"model": bad, "teacher": bad}, {"state_dict": bad, "hyper_parameters": bad},
-                  {"model": weights}, good | {"model": weights}):
+    for saved in (bad, {"model": bad}, {"state_dict": bad, "hyper_parameters": bad},
+                  good | {"model": good["model"] | {"more": bad}}):
         torch.save(saved, path, _use_new_zipfile_serialization=not old)
         for load in (stego.load_checkpoint, stego.load_backbone):
             with pytest.raises(stego.InputError, match=r"bad\.pt: "):
                 load(path)
-    for saved in (good | {"config": {"a": bad}}, good | {"unused": bad}):  # refused, or read as inert data
-        torch.save(saved, path, _use_new_zipfile_serialization=not old)
-        with contextlib.suppress(stego.InputError):
-            assert same_outputs(stego.load_checkpoint(path)[0], model)
     assert not executed.exists()
 
 
@@ -235,71 +165,33 @@ SLOTS = b"N}X\x08\0\0\0__init__ccollections\nOrderedDict\ns\x86b."  # sets an at
 
 
 @pytest.mark.parametrize("pickled", [
-    b"cposix\nsystem\nX\x04\0\0\0true\x85R.", b"\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.",
-    b"(cposix\nsystem\nS'true'\no.", b"(S'true'\niposix\nsystem\n.", b"cstego\nRecord\n" + SLOTS,
-    b"comegaconf\nX\n" + SLOTS, b"comegaconf\nX\n)R" + SLOTS, b"ctorch\nTensor\n" + SLOTS,
-    b"ctorch.nn.modules.module\nModule\n" + SLOTS, b"ctorch._utils\n_rebuild_tensor_v2\n" + SLOTS])
-@pytest.mark.parametrize("old", [False, True])
-def test_no_opcode_calls_a_function_or_changes_a_class(pickled, old, tmp_path, monkeypatch):
+    b"cposix\nsystem\nX\x04\0\0\0true\x85R.", b"(S'true'\niposix\nsystem\n.", b"cstego\nRecord\n" + SLOTS,
+    b"ctorch\nTensor\n" + SLOTS, b"ctorch._utils\n_rebuild_tensor_v2\n" + SLOTS])
+def test_no_opcode_calls_a_function_or_changes_a_class(pickled, tmp_path, monkeypatch):
     def state():
-        things = stego.Record, torch.Tensor, nn.Module, torch._utils._rebuild_tensor_v2, stego
+        things = stego.Record, torch.Tensor, torch._utils._rebuild_tensor_v2
         return [dict(vars(thing)) for thing in things], set(torch.serialization.get_safe_globals())
 
     monkeypatch.setattr(os, "system", lambda command: pytest.fail("it was run"))
     monkeypatch.setitem(sys.modules, "posix", os)
     before = state()
-    write_pickle(tmp_path / "bad.pt", b"\x80\x02" + pickled, old)
+    write_pickle(tmp_path / "bad.pt", b"\x80\x02" + pickled)
     with pytest.raises(stego.InputError, match=r"bad\.pt: "):
         stego.load_checkpoint(tmp_path / "bad.pt")
     assert state() == before
 
 
-# ---- files that ask for more than there is ----
+@pytest.mark.parametrize("name, value, reason", [
+    ("backbone.cls_token", torch.ones(1).expand(1, 1, 10 ** 9), "larger than the file"),  # all one number
+    ("backbone.cls_token", torch.empty(1, 1, 10 ** 9, device="meta"), "not a state dict of tensors"),
+    ("linear_probe.weight", torch.ones(10 ** 9, 0, 1, 1), "not a state dict of tensors")])
+def test_no_file_takes_much_more_memory_than_it_has(name, value, reason, tmp_path):
+    stego.save_checkpoint(tmp_path / "c.pt", small_model(), {})
+    good = torch.load(tmp_path / "c.pt", weights_only=True)
+    torch.save(good | {"model": good["model"] | {name: value}}, tmp_path / "c.pt")
+    with pytest.raises(stego.InputError, match=rf"c\.pt: .*{reason}"):
+        stego.load_checkpoint(tmp_path / "c.pt")
 
-PICKLES = [b"Nr\xff\xff\xff\x7f.", b"\x8e" + bytes(7) + b"\x40x.", b"]" * 10 ** 5 + b"a" * 10 ** 5 + b".",
-           b"cbuiltins\nbytes\n\x8a\x05\xff\xff\xff\xff\x7f\x85R."]
-READ_THEM = f"""
-import resource, sys
-sys.path.insert(0, {str(ROOT)!r})
-import stego
-resource.setrlimit(resource.RLIMIT_AS, (8 * 10 ** 9,) * 2)
-for path in sys.argv[1:]:
-    try:
-        (stego.load_backbone if path.endswith(".safetensors") else stego.load_checkpoint)(path)
-        print("read", path)
-    except stego.InputError:
-        pass
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
-"""
-
-
-def test_no_file_takes_much_more_memory_than_it_has(tmp_path):
-    if not Path("/proc/self/status").exists():
-        pytest.skip("the peak of a process's own memory is not told here")
-    stego.save_checkpoint(tmp_path / "good.pt", small_model(), {})
-    good, huge, one = torch.load(tmp_path / "good.pt", weights_only=True), 2 * 10 ** 8, torch.ones(1)
-    for name, value in {"backbone.pos_embed": one.expand(1, 2 * 10 ** 6 + 1, 128),
-                        f"backbone.blocks.{huge}.norm1.weight": one,
-                        "backbone.patch_embed.proj.weight": torch.ones(huge, 0, 8, 8),
-                        "cluster_probe.centroids": torch.ones(1, huge // 100),
-                        "refit_probe.centroids": torch.ones(0, huge),
-                        "linear_probe.weight": torch.ones(huge, 0, 1, 1),
-                        "backbone.cls_token": torch.empty(1, 1, huge, device="meta")}.items():
-        torch.save(good | {"model": good["model"] | {name: value}}, tmp_path / f"{name}.pt")
-    write_safetensors(tmp_path / "width.safetensors", {
-        "patch_embed.proj.weight": ("F32", [huge, 0, 8, 8], b""), "norm.weight": ("F32", [1], bytes(4)),
-        "blocks.0.attn.qkv.weight": ("F32", [1], bytes(4))})
-    (tmp_path / "header.safetensors").write_bytes((10 * huge + 1).to_bytes(8, "little") + b"{}")
-    for i, pickled in enumerate(PICKLES):
-        for old in (False, True):
-            write_pickle(tmp_path / f"{i}{old}.pt", b"\x80\x02" + pickled, old)
-    (tmp_path / "good.pt").unlink()
-    result = subprocess.run([sys.executable, "-c", READ_THEM, *tmp_path.iterdir()], capture_output=True,
-                            text=True, timeout=100, check=True)
-    assert "read" not in result.stdout and int(result.stdout) < 10 ** 6  # kilobytes, most of them torch's
-
-
-# ---- damage ----
 
 def damaged(rng, content):
     """One to three of the things that happen to bytes."""
@@ -322,39 +214,30 @@ def with_damaged_pickle(rng, content):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("kind", ["ours", "theirs", "old", "safetensors"])
-def test_damaged_files_are_read_or_refused_in_one_sentence_and_nothing_else(kind, tmp_path):
-    path, load, found = tmp_path / "damaged.pt", stego.load_checkpoint, {"read": 0, "refused": 0}
+@pytest.mark.parametrize("kind, load, damage", [
+    ("ours", stego.load_checkpoint, with_damaged_pickle), ("ours", stego.load_checkpoint, damaged),
+    ("theirs", stego.load_checkpoint, with_damaged_pickle), ("safetensors", stego.load_backbone, damaged)])
+def test_damaged_files_are_read_or_refused_in_one_sentence_and_nothing_else(kind, load, damage, tmp_path):
+    path, found = tmp_path / "damaged.pt", {"read": 0, "refused": 0}
     vit = random_vit("dinov2", embed_dim=16, num_heads=1, depth=1, patch_size=4, image_size=8)
-    stego.save_checkpoint(path, stego.Stego(vit, 3, 2), {"steps": 3})
-    if kind == "old":
-        torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
-    elif kind == "safetensors":
-        save_safetensors(vit.state_dict(), path)
-        load = stego.load_backbone
-    elif kind == "theirs":
-        authors_checkpoint(path)
+    {"ours": lambda: stego.save_checkpoint(path, stego.Stego(vit, 3, 2), {"steps": 3}),
+     "theirs": lambda: authors_checkpoint(path),
+     "safetensors": lambda: save_safetensors(vit.state_dict(), path)}[kind]()
     whole = path.read_bytes()
-    for n in range(120):
-        rng = random.Random(n)
-        damage = with_damaged_pickle if kind in ("ours", "theirs") and n % 3 else damaged
-        path.write_bytes(damage(rng, whole) if n else whole)
+    for n in range(60):
+        path.write_bytes(damage(random.Random(n), whole) if n else whole)
         try:
             load(path)
             found["read"] += 1
         except stego.InputError as error:
             assert "damaged.pt" in str(error) and "\n" not in str(error)
             found["refused"] += 1
-    assert min(found.values()) > 1, found
+    assert min(found.values()) > 0, found
 
 
 @pytest.mark.parametrize("content", [
-    None, b"", b"text", b"PK\x03\x04 broken", b"12345678{}", {}, [], 3, {"weights": torch.ones(2)},
-    {"state_dict": {}, "hyper_parameters": {}}, {"model": {}, "config": {}}, {"model": {}, "config": 3}])
+    3, {"weights": torch.ones(2)}, {"state_dict": {}, "hyper_parameters": {}}, {"model": {}, "config": 3}])
 def test_other_files_are_no_checkpoints(content, tmp_path):
-    if isinstance(content, bytes):
-        (tmp_path / "c.pt").write_bytes(content)
-    elif content is not None:
-        torch.save(content, tmp_path / "c.pt")
+    torch.save(content, tmp_path / "c.pt")
     with pytest.raises(stego.InputError, match=r"c\.pt: "):
         stego.load_checkpoint(tmp_path / "c.pt")

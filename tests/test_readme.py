@@ -17,61 +17,29 @@ MODULES = {"crf": crf, "data": data, "evaluate": evaluate, "stego": stego, "trai
 
 
 def commands(text):
-    """(script, arguments) of each train.py and evaluate.py in the blocks of code, indented or between fences.
+    """(script, arguments) of each train.py and evaluate.py in the blocks of code, which are indented.
 
     What a person or a shell would fill in, like FOLDER or $seed, is filled in with 1.
     """
-    fenced, found = False, []
-    for line in text.replace("\\\n", " ").splitlines():
-        fenced ^= line.lstrip().startswith("```")
-        if fenced or line.startswith("    "):
-            called = r"\b(?:python|torchrun)[^#;&|]* (train|evaluate)\.py([^#;&|>]*)"
-            for script, rest in re.findall(called, line):
-                rest = re.sub(r"\$\w+|(?<!\S)[A-Z_]+(?!\S)", "1", rest.replace("...", ""))
-                found.append((script, shlex.split(rest)))
+    called, found = r"\b(?:python|torchrun)[^#;&|]* (train|evaluate)\.py([^#;&|>]*)", []
+    for line in text.splitlines():
+        for script, rest in re.findall(called, line) if line.startswith("    ") else ():
+            rest = re.sub(r"\$\w+|(?<!\S)[A-Z_]+(?!\S)", "1", rest.replace("...", ""))
+            found.append((script, shlex.split(rest)))
     return found
 
 
-def wrong_commands(text, monkeypatch):
-    """The commands that the parser of their script does not take."""
+def test_its_commands_are_understood(monkeypatch):
     monkeypatch.setattr(Path, "is_file", lambda path: True)  # a run to be resumed
     monkeypatch.setattr(stego, "read_tensors", lambda path: {"config": {}})
-    wrong = []
-    for script, arguments in commands(text):
+    assert len(commands(README)) >= 5
+    for script, arguments in commands(README):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-        try:
-            MODULES[script].parse_args()
-        except SystemExit as stop:
-            wrong += [f"{script}.py {' '.join(arguments)}"] * (stop.code != 0)  # --help
-    return wrong
+        MODULES[script].parse_args()  # or SystemExit
 
 
-def wrong_names(text):
-    """Names in backticks such as `stego.unit` that no module has."""
-    names = re.findall(rf"`(?:[^`\n]*[^`\n\w./])?({'|'.join(MODULES)})\.([a-zA-Z_]\w*)", text)
-    return [f"{module}.{name}" for module, name in names
-            if name != "py" and not hasattr(MODULES[module], name)]
-
-
-def test_its_commands_are_understood_and_its_names_are_there(monkeypatch):
-    assert len(commands(README)) >= 5 and "`stego." in README
-    assert not wrong_commands(README, monkeypatch) + wrong_names(README)
-
-
-def test_wrong_commands_and_names_would_be_found(monkeypatch):
-    text = """
-    python train.py --data-root FOLDER --num-classes N --seed $seed   # any --comment
-    for seed in 0 1; do python train.py --seed $seed --name s$seed; done
-    torchrun --nproc_per_node=4 train.py ... --resume scenes-1 --steps 40
-    python evaluate.py runs/* --split dev; python evaluate.py --compare RUN RUN && python train.py --help
-```
-python train.py --seeds 3 \\
-    --no-crf
-python evaluate.py --checkpoint runs/t
-```
-Not in code: python train.py --never. `stego.unit`, `see data.views(image)`, `train.py`, `crf.no`.
-"""
-    assert len(commands(text)) == 8
-    wrong = ["train.py --seeds 3 --no-crf", "evaluate.py --checkpoint runs/t"]
-    assert wrong_commands(text, monkeypatch) == wrong
-    assert wrong_names(text) == ["crf.no"]
+def test_the_names_in_it_are_there():
+    names = re.findall(rf"`(?:[^`\n]*[^`\n\w./])?({'|'.join(MODULES)})\.([a-zA-Z_]\w*)", README)
+    assert len(names) > 10
+    assert not [f"{module}.{name}" for module, name in names
+                if name != "py" and not hasattr(MODULES[module], name)]

@@ -18,18 +18,12 @@ def golden_vit():
     return stego.vit_from_state_dict(weights, num_heads=6).eval().requires_grad_(False)
 
 
-# ---- correspondence loss ----
-
 def test_sample_equals_golden():
     # the authors' output has its two point axes swapped
     sampled = stego.sample(GOLDEN["sample_map"], GOLDEN["sample_points"])
     torch.testing.assert_close(sampled.transpose(2, 3), GOLDEN["sampled"], rtol=0, atol=1e-5)
-
-
-def test_sample_reads_x_along_the_width_and_repeats_the_border():
-    maps = torch.arange(12.0).reshape(1, 1, 3, 4)  # value = 4 row + column
-    points = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [0.0, 0.0], [5.0, 5.0]])
-    assert stego.sample(maps, points.reshape(1, 1, 5, 2)).flatten().tolist() == [0.0, 3.0, 8.0, 5.5, 11.0]
+    beyond = stego.sample(GOLDEN["sample_map"], torch.full((2, 1, 1, 2), 5.0))[:, :, 0, 0]
+    assert torch.equal(beyond, GOLDEN["sample_map"][:, :, -1, -1])  # the border is repeated
 
 
 @pytest.mark.parametrize("center", [0, 1])
@@ -65,21 +59,6 @@ def test_the_loss_teaches_the_codes_but_not_the_features():
     assert features.grad is None and codes.grad.abs().sum() > 0
 
 
-def test_descending_the_loss_pulls_corresponding_points_together_and_others_apart():
-    features = nnf.one_hot(torch.tensor([0, 0, 1, 1])).float().T.reshape(1, 2, 2, 2)
-    codes = torch.randn(1, 8, 2, 2, requires_grad=True)
-    optimizer = torch.optim.Adam([codes], lr=0.05)
-    for _ in range(200):
-        optimizer.zero_grad()
-        stego.correspondence_loss(features, features, codes, codes, 0.5)[0].mean().backward()
-        optimizer.step()
-    S = stego.correlation(codes, codes).reshape(4, 4)
-    same = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2)).bool()
-    assert S[same].min() > 0.95 and S[~same].max() < 0.05
-
-
-# ---- objective ----
-
 def test_derangement_is_a_permutation_without_fixed_points_and_each_is_as_likely():
     for n in (2, 3, 16):
         for _ in range(50):
@@ -113,8 +92,6 @@ def test_objective_equals_its_three_terms_written_out(switches):
     torch.testing.assert_close(loss, 0.5 * terms["self"] + 2 * terms["knn"] + 3 * terms["rand"])
 
 
-# ---- shifts without tuning ----
-
 def correspondences(share, n=200_000):
     """F of n pairs of points, a share of which show one class: unlike ones look the same everywhere."""
     return torch.where(torch.rand(n) < share, 0.8 + 0.1 * torch.randn(n), 0.1 + 0.2 * torch.randn(n))
@@ -123,23 +100,18 @@ def correspondences(share, n=200_000):
 def test_rates_are_those_of_a_mixture_of_like_and_unlike_pairs():
     rates = stego.same_class_rates(correspondences(0.5), correspondences(0.3), correspondences(0.1), 0.1)
     assert rates == pytest.approx((0.5, 0.3, 0.1), abs=0.01)
-    F = torch.cat([correspondences(0.4, 100_000), torch.ones(1000)])  # the sky is all alike, but not all
-    assert stego.same_class_rates(F, F, correspondences(0.1), 0.1) == pytest.approx((0.4, 0.4, 0.1), abs=0.02)
-
-
-def test_rates_where_nothing_can_be_seen_are_those_of_random_images():
     F, alike = correspondences(0.1), torch.ones(1000)
-    assert stego.same_class_rates(F, F - 1, F, 0.2) == pytest.approx((0.2, 0.2, 0.2))
-    assert stego.same_class_rates(alike, alike, alike, 0.2) == pytest.approx((0.2, 0.2, 0.2))
+    for nothing_to_see in ((F, F - 1, F), (alike, alike, alike)):
+        assert stego.same_class_rates(*nothing_to_see, 0.2) == pytest.approx((0.2, 0.2, 0.2))
 
 
-@pytest.mark.parametrize("n_groups, threshold", [(1, -1.0), (3, -1.0), (1, 0.3)])
+@pytest.mark.parametrize("n_groups, threshold", [(5, -1.0), (3, -1.0), (1, 0.2)])
 def test_average_linkage_equals_a_slow_loop_over_the_members_of_groups(n_groups, threshold):
     vectors = nnf.normalize(torch.randn(40, 5), dim=1).double()
-    groups = [list(range(i, 40, 8)) for i in range(8)]  # what is given: eight groups of five
+    groups = [part.tolist() for part in torch.arange(40).split([1, 1, 1, 2, 2, 3, 4, 6, 8, 12])]  # given
     sums = torch.stack([vectors[group].sum(0) for group in groups])
-    found = stego.average_linkage(sums, torch.full((8,), 5), n_groups, threshold)
-    merged = [[i] for i in range(8)]
+    found = stego.average_linkage(sums, torch.tensor([len(group) for group in groups]), n_groups, threshold)
+    merged = [[i] for i in range(10)]
     while len(merged) > n_groups:
         def alike(pair):
             a, b = ([member for i in merged[k] for member in groups[i]] for k in pair)
@@ -152,22 +124,18 @@ def test_average_linkage_equals_a_slow_loop_over_the_members_of_groups(n_groups,
     assert all(len(set(found[group].tolist())) == 1 for group in merged)
 
 
-# ---- head and probes ----
-
 def test_head_is_a_linear_plus_a_nonlinear_branch_each_with_its_own_channel_dropout():
     head = stego.SegmentationHead(64, 4, dropout=0.5).eval()
     x, seen = torch.rand(3, 64, 2, 2) + 1, []
-    first, relu, second = head.nonlinear
+    first, _, second = head.nonlinear
     torch.testing.assert_close(head(x), head.linear(x) + second(first(x).relu()))
-    assert isinstance(relu, torch.nn.ReLU) and first.out_channels == 64
-    head.train()
     for branch in (head.linear, head.nonlinear):
         branch.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    head(x)
+    head.train()(x)
     for maps in seen:
         dropped = (maps == 0).flatten(2)
         assert torch.equal(dropped.all(2), dropped.any(2)) and 0.3 < dropped.float().mean() < 0.7
-    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(*seen)
 
 
 def test_cluster_probe_equals_golden():
@@ -181,10 +149,8 @@ def test_cluster_probe_equals_golden():
 
 @pytest.mark.parametrize("size", [(4, 5), (17, 30), (9, 3)])
 def test_linear_probe_loss_is_cross_entropy_of_the_interpolated_logits_without_void(size):
-    logits = torch.randn(3, 6, 4, 5, requires_grad=True)
-    labels = torch.randint(0, 6, (3, *size)).byte()
-    labels[torch.rand(labels.shape) < 0.3] = stego.VOID
-    labels[1] = stego.VOID  # an image without a label
+    logits, labels = torch.randn(3, 6, 4, 5, requires_grad=True), torch.randint(0, 6, (3, *size)).byte()
+    labels[1] = labels[0, 0] = stego.VOID  # an image without a label, and some pixels
     large = nnf.interpolate(logits, size, mode="bilinear", align_corners=False)
     expected = nnf.cross_entropy(large, labels.long(), ignore_index=255)
     loss = stego.linear_probe_loss(logits, labels)
@@ -205,21 +171,10 @@ def test_a_model_teaches_its_head_and_never_its_backbone(backbone):
     codes.sum().backward()
     assert all(parameter.grad is not None for parameter in model.head.parameters())
     assert all(parameter.grad is None for parameter in model.backbone.parameters())
-    assert stego.Stego(backbone, 5, 4).linear_probe is None
 
-
-# ---- backbone ----
 
 @pytest.mark.parametrize("size", ["native", "wide"])
 @pytest.mark.parametrize("facet, name", [("token", "feat"), ("key", "key")])
 def test_vit_equals_golden(size, facet, name):
     features = golden_vit()(GOLDEN[f"vit_{size}_images"], facet)
     torch.testing.assert_close(features, GOLDEN[f"vit_{size}_{name}"], rtol=0, atol=1e-5)
-
-
-def test_vit_refuses_what_it_cannot_do(backbone):
-    for height, width, facet in ((33, 32, "token"), (32, 36, "token"), (32, 32, "query")):
-        with pytest.raises(ValueError, match="33 x 32|32 x 36|query"):
-            backbone(torch.zeros(1, 3, height, width), facet)
-    with pytest.raises(ValueError, match="30 cannot be split over 4"):
-        stego.VisionTransformer(8, 30, 1, 4)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import ROOT, SMALL, train_here, weights
+from conftest import IMAGES, ROOT, train_here, weights
 from PIL import Image
 
 import data
@@ -17,7 +17,6 @@ import evaluate
 import stego
 import train
 
-IMAGES = ["--data-root", "images", "--no-crf", *SMALL]  # what most runs here are typed with
 TERMS = ("self", "knn", "rand")
 
 
@@ -33,8 +32,6 @@ def log_of(name):
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
-
-# ---- settings ----
 
 def settings(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
@@ -53,23 +50,11 @@ def test_what_is_typed_goes_over_the_preset_and_the_preset_over_the_defaults(mon
     assert (found.dataset, found.backbone, found.steps) == ("directory", "dino_vits8", 2000)
 
 
-def test_presets_hold_the_published_settings_and_nothing_that_is_no_option(monkeypatch):
-    keys = ("code_dim", "batch_size", "steps", "crop", "center",
-            *(f"lambda_{term}" for term in TERMS), *(f"b_{term}" for term in TERMS))
-    published = {
-        "cocostuff27-vitb8": (90, 32, 7000, "five", True, 0.1, 1.0, 0.1538476246415498, 0.12, 0.2, 1.0),
-        "cocostuff27-vits8": (70, 16, 5000, "five", True, 0.67, 0.25, 0.63, 0.08, 0.02, 0.66),
-        "cityscapes-vitb8": (100, 32, 7000, "five", False, 1.0, 0.577453483136995, 0.9058762625226623,
-                             0.45828472207, 0.1754346515479633, 0.31361241889448443),
-        "potsdam-vits8": (70, 16, 5000, "none", True, 0.67, 0.25, 0.63, 0.08, 0.02, 0.76)}
-    assert train.PRESETS.keys() == published.keys() | {"scenes"}
+def test_presets_hold_nothing_that_is_no_option(monkeypatch):
     for name, preset in train.PRESETS.items():
-        found = vars(settings(monkeypatch, "--preset", name, "--data-root", "folder"))
-        assert found.items() >= preset.items()
-        assert name == "scenes" or tuple(found[key] for key in keys) == published[name]
+        found = settings(monkeypatch, "--preset", name, "--data-root", "folder")
+        assert vars(found).items() >= preset.items()
 
-
-# ---- batches ----
 
 def test_batches_are_permutations_by_epoch_and_a_function_of_seed_and_step():
     neighbors = (torch.arange(14)[:, None] + torch.arange(1, 4)) % 14
@@ -84,8 +69,6 @@ def test_batches_are_permutations_by_epoch_and_a_function_of_seed_and_step():
         assert all(torch.equal(one, other) for one, other in zip(again, drawn[step]))
         assert not torch.equal(again[0], train.draw_batch(step, neighbors, 4, seed=6)[0])
 
-
-# ---- whole runs ----
 
 def test_a_run_forks_nothing_and_leaves_scores_a_checkpoint_and_pictures(workplace, monkeypatch, capsys):
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was forked, which can hang"))
@@ -148,19 +131,14 @@ def test_shifts_are_given_or_quantiles_at_shares_of_one_class(workplace, monkeyp
     asked = []
     monkeypatch.setattr(evaluate, "random_pair_rate", lambda *given: asked.append(given[1]) or 0.1)
     monkeypatch.setattr(stego, "same_class_rates", lambda *given: (0.6, 0.5, given[3]))
-
-    def shifts_and_shares(*arguments):
-        name = f"t{len(list(workplace.glob('runs/*')))}"
-        train_here(monkeypatch, *IMAGES, "--name", name, *arguments)
-        return scores_of(name)["shifts"], scores_of(name)["attract"]
-
-    shifts, shares = shifts_and_shares("--b-knn", "0.125", "--num-clusters", "4")
+    train_here(monkeypatch, *IMAGES, "--name", "some", "--b-knn", "0.125", "--num-clusters", "4")
+    shifts, shares = scores_of("some")["shifts"], scores_of("some")["attract"]
     assert asked == [4] and shifts[1] == 0.125
     assert (shares[0], shares[2]) == pytest.approx((0.6, 0.1), abs=1e-3)
-    shifts, _ = shifts_and_shares("--b-self", "0.1", "--b-knn", "0.2", "--b-rand", "0.3")
-    assert asked == [4] and shifts == [0.1, 0.2, 0.3]
-    _, shares = shifts_and_shares("--same-class", "0.5", "0.4", "0.2", "--b-self", "0.1")
-    assert shares == pytest.approx([0.5, 0.4, 0.2], abs=1e-3)
+    train_here(monkeypatch, *IMAGES, "--name", "all", "--b-self", "0.1", "--b-knn", "0.2", "--b-rand", "0.3")
+    assert asked == [4] and scores_of("all")["shifts"] == [0.1, 0.2, 0.3]
+    train_here(monkeypatch, *IMAGES, "--name", "rates", "--same-class", "0.5", "0.4", "0.2")
+    assert scores_of("rates")["attract"] == pytest.approx([0.5, 0.4, 0.2], abs=1e-3)
 
 
 @pytest.mark.parametrize("n_clusters", [2, 7])  # of 3 classes
@@ -174,11 +152,7 @@ def test_fewer_and_more_clusters_than_classes(n_clusters, workplace, monkeypatch
     assert len(assignment) == n_left and assignment.count(-1) == max(0, n_left - 3)
     legend = json.loads((workplace / "runs/t/clusters.json").read_text())
     assert len(legend) == n_left and sum(entry["share"] for entry in legend.values()) == pytest.approx(1)
-    commonest = scores_of("t")["results"][evaluate.BY_TRAINING]["assignment"]
-    assert len(commonest) == n_left and set(commonest) <= {0, 1, 2}
 
-
-# ---- the step ----
 
 def test_the_step_equals_one_written_out_by_hand(workplace, monkeypatch):
     train_here(monkeypatch, *IMAGES, "--name", "t", "--steps", "4", "--center", "--seed", "3")
@@ -238,32 +212,25 @@ def test_each_loss_teaches_what_it_should_and_nothing_else(workplace, monkeypatc
         changed = not torch.equal(before[name], probes[name])
         assert name.startswith("refit") or changed == name.startswith(("cluster_probe", "linear_probe")), name
     for term in TERMS:  # each of the three alone teaches the head, the backbone stays
-        others = off[:]
-        others[2 * TERMS.index(term) + 1] = "1"
-        train_here(monkeypatch, *IMAGES, "--name", term, "--steps", "2", *others)
+        train_here(monkeypatch, *IMAGES, "--name", term, "--steps", "2", *off, f"--lambda-{term}", "1")
         after = weights(workplace / "runs" / term)
         assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("backbone"))
         assert not any(torch.equal(before[name], after[name]) for name in before if name.startswith("head"))
 
 
-# ---- few or odd images ----
-
-@pytest.mark.parametrize("kind, n_views", [("identical", 12), ("constant", 12), ("two", 2), ("one", 5)])
-def test_few_or_equal_images_make_a_smaller_batch_and_no_nan(kind, n_views, workplace, monkeypatch, capsys):
+@pytest.mark.parametrize("kind, n_images, n_views", [("equal", 12, 12), ("random", 2, 2), ("random", 1, 5)])
+def test_few_or_equal_images_make_smaller_batches_and_no_nan(kind, n_images, n_views, workplace, monkeypatch):
     for i, path in enumerate(sorted(workplace.glob("images/imgs/train/*.png"))):
-        noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
-        Image.fromarray(np.full_like(noise, 90) if kind == "constant" else noise).save(path)
-        if i >= {"two": 2, "one": 1}.get(kind, 12):
+        if kind == "equal":
+            Image.new("RGB", (60, 40), "gray").save(path)
+        if i >= n_images:
             path.unlink()
-    more = ["--crop", "five", "--num-clusters", "1"] if kind == "one" else []
+    more = ["--crop", "five", "--num-clusters", "1"] if n_images == 1 else []
     train_here(monkeypatch, *IMAGES, "--name", "t", "--batch-size", "16", *more)
     assert all(torch.isfinite(value).all() for value in weights(workplace / "runs/t").values())
-    assert all(np.isfinite(scores_of("t")["shifts"])) and len(log_of("t")) == 1
-    assert scores_of("t")["config"]["batch_size"] == n_views
-    assert ("warning: the codes collapsed" in capsys.readouterr().out) == (kind == "constant")
+    assert scores_of("t")["config"]["batch_size"] == n_views and len(log_of("t")) == 1
+    assert kind == "random" or "the codes collapsed" in str(scores_of("t")["warnings"])
 
-
-# ---- mistakes: one sentence, exit status 2 ----
 
 @pytest.fixture
 def told(monkeypatch, capsys):
@@ -281,12 +248,11 @@ def told(monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments, words", [
     ("--data-root nowhere --num-classes 3", "nowhere: there is no such folder"),
-    ("--data-root images --backbone vit.pth", "--num-classes"),
+    ("--data-root images --backbone vit.pth", "--num-classes"), ("--dataset directory", "--data-root FOLDER"),
+    ("--data-root images --num-classes 256", "1 to 255"),
     ("--data-root images --num-classes 3 --backbone resnet50", "backbone resnet50: neither"),
     ("--data-root images --num-classes 3 --backbone images/imgs/val/0.png", "not a readable file of weights"),
-    ("--dataset directory", "--data-root FOLDER"),
     ("--dataset scenes --data-root images", "--dataset directory"),
-    ("--preset cocostuff27-vits8", "needs --data-root FOLDER with images/{train,val}2017/*.jpg"),
     ("--preset cityscapes-vitb8 --data-root images", "no images of the split train"),
     ("--preset unknown", "invalid choice: 'unknown'"), ("--b-self high", "argument --b-self: invalid"),
     ("--resume never", "there is no runs/never/checkpoint.pt"),
@@ -305,23 +271,16 @@ def test_bad_files_are_named_together_before_anything_is_written(workplace, told
     Image.new("L", (7, 7)).save("images/labels/train/5.png")
     Image.new("RGB", (60, 40)).save("images/labels/train/6.png")
     error = told(*IMAGES)
-    assert error.startswith("error: bad files (3)")
+    assert error.startswith("error: bad files (3)") and not list(workplace.glob("[rc]*"))  # runs, cache
     for name in ("imgs/train/3.png: not a readable image", "labels/train/5.png: (7, 7) pixels",
                  "labels/train/6.png: not a readable label"):
         assert name in error
-    assert not (workplace / "runs").exists() and not (workplace / "cache").exists()
-    for name in ("3", "5", "6"):
-        (workplace / f"images/imgs/train/{name}.png").unlink()
-    os.truncate("images/imgs/val/1.png", 60)
-    assert "imgs/val/1.png" in told(*IMAGES) and not (workplace / "runs").exists()
 
 
 def test_a_finished_run_is_not_overwritten(workplace, monkeypatch, told):
     (workplace / "runs/t").mkdir(parents=True)  # a run that never got to its first checkpoint does not count
     train_here(monkeypatch, *IMAGES, "--name", "t", "--steps", "0")
-    before = weights(workplace / "runs/t")
     assert "go on with it by --resume t" in told(*IMAGES, "--name", "t")
-    assert same(before, weights(workplace / "runs/t"))
     for number in (1, 2):  # without a name each run gets a folder of its own
         train_here(monkeypatch, *IMAGES, "--steps", "0")
         assert (workplace / f"runs/directory-{number}/scores.json").is_file()

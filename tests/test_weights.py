@@ -1,4 +1,4 @@
-"""Weights of others: DINOv3, the names of Meta, timm and transformers, files, refusals, downloads."""
+"""Weights of others: DINOv3, the names of timm and transformers, files, refusals, downloads."""
 import argparse
 import json
 import os
@@ -46,8 +46,6 @@ def assert_equal_features(vit, expected, atol=1e-5):
             torch.testing.assert_close(vit(images, facet), expected(images, facet), rtol=0, atol=atol)
 
 
-# ---- DINOv3 ----
-
 @pytest.mark.parametrize("n", [0, 1])  # square, wide
 def test_dinov3_equals_metas_module(n):
     tokens = patch_tokens(stego.vit_from_state_dict(META), GOLDEN[f"image{n}"])
@@ -80,7 +78,6 @@ def test_rotary_attention_with_several_heads_equals_a_slow_loop():
             angle = 2 * np.pi * coordinate / vit.rope_embed.periods[k].item()
             turn[5 + 4 * i + j, first + k] = np.exp(1j * angle)
     attention, heads = vit.blocks[0].attn, []
-    torch.testing.assert_close(attention.keys(x)[0], attention.qkv(x[0])[:, 128:256])  # not rotated
     for q, k, v in zip(*(part.split(64, 1) for part in attention.qkv(x[0]).split(128, 1))):
         q, k = (turn * torch.complex(part[:, :32], part[:, 32:]) for part in (q, k))
         heads.append(((q @ k.conj().T).real / 8).softmax(1) @ v)
@@ -88,17 +85,12 @@ def test_rotary_attention_with_several_heads_equals_a_slow_loop():
     torch.testing.assert_close(attention(x, vit.rotation(3, 4)), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("facet", ["token", "key"])
-def test_dinov3_in_bfloat16_is_finite_and_close(facet):
+def test_a_backbone_in_bfloat16_is_close_and_gives_float32():
     vit, images = random_vit("dinov3_plus"), torch.randn(2, 3, 32, 48)
-    fast, exact = (stego.Stego(vit, 3, 2, facet=facet, precision=precision).features(images)
-                   for precision in (torch.bfloat16, torch.float32))
-    assert fast.dtype == torch.float32 and fast.isfinite().all() and not torch.equal(fast, exact)
-    assert torch.equal(exact, vit(images, facet))
-    assert nnf.cosine_similarity(fast, exact, dim=1).min() > 0.999
+    fast = stego.Stego(vit, 3, 2, precision=torch.bfloat16).features(images)
+    assert fast.dtype == torch.float32 and not torch.equal(fast, vit(images))
+    assert nnf.cosine_similarity(fast, vit(images), dim=1).min() > 0.999
 
-
-# ---- names ----
 
 def renamed(state, rules, prefix=""):
     out = {}
@@ -109,27 +101,20 @@ def renamed(state, rules, prefix=""):
     return out
 
 
-def transformers_names(vit, family, prefix=""):
-    """The weights as transformers saves ViTModel, Dinov2Model, Dinov2WithRegistersModel or DINOv3ViTModel."""
-    rules = [("register_tokens|cls_token", r"embeddings.\g<0>"), (r"ls(\d)\.gamma", r"layer_scale\1.lambda1")]
-    if vit.rotary:
-        query, rest, norm = "attention.{}_proj", "attention.o_proj", "norm"
-        rules += [("^blocks", "layer"), ("patch_embed.proj", "embeddings.patch_embeddings"),
-                  ("fc1|w2", "up_proj"), ("fc2|w3", "down_proj"), ("w1", "gate_proj")]
-    else:
-        query, rest, norm = "attention.attention.{}", "attention.output.dense", "layernorm"
-        rules += [("^blocks", "encoder.layer"), ("pos_embed", "embeddings.position_embeddings"),
-                  ("patch_embed.proj", "embeddings.patch_embeddings.projection")]
-    if family == "dino":
+def transformers_names(vit, prefix=""):
+    """The weights as transformers saves ViTModel, of DINO, or Dinov2WithRegistersModel."""
+    rules = [("register_tokens|cls_token", r"embeddings.\g<0>"), (r"ls(\d)\.gamma", r"layer_scale\1.lambda1"),
+             ("^blocks", "encoder.layer"), ("pos_embed", "embeddings.position_embeddings"),
+             ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+             ("attn.proj", "attention.output.dense"), (r"^norm\.", "layernorm.")]
+    if not vit.registers:
         rules += [("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
                   ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense")]
     state = {"embeddings.mask_token": torch.ones(1), "pooler.dense.weight": torch.ones(2, 2)}
     for name, value in vit.state_dict().items():
-        names = "qkv" if vit.rotary else ("query", "key", "value")
-        parts = zip(names, value.chunk(3)) if ".attn.qkv." in name else [(None, value)]
-        state |= {name.replace("attn.qkv", query.format(part)): rows for part, rows in parts
-                  if name != "rope_embed.periods" and (part, name[-4:]) != ("k", "bias")}
-    return renamed(state, [*rules, ("attn.proj", rest), (r"^norm\.", f"{norm}.")], prefix)
+        parts = zip(("query", "key", "value"), value.chunk(3)) if ".attn.qkv." in name else [("", value)]
+        state |= {name.replace("attn.qkv", f"attention.attention.{part}"): rows for part, rows in parts}
+    return renamed(state, rules, prefix)
 
 
 def timm_names(vit):
@@ -146,39 +131,37 @@ def timm_names(vit):
     return renamed(state, rules)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("names", ["Meta", "transformers", "transformers, prefixed", "timm"])
+@pytest.mark.parametrize("family, names", [
+    ("dino", transformers_names), ("dinov2_reg", transformers_names),
+    ("dinov2_reg", lambda vit: transformers_names(vit, "module.backbone.")),
+    ("dinov2", timm_names), ("dinov2_reg", timm_names), ("dinov3", timm_names), ("dinov3_plus", timm_names)])
 def test_names_and_shapes_give_the_model(family, names):
     vit = random_vit(family)
-    state = {"Meta": vit.state_dict(), "timm": timm_names(vit),
-             "transformers": transformers_names(vit, family),
-             "transformers, prefixed": transformers_names(vit, family, "module.backbone.")}[names]
-    read = stego.vit_from_state_dict(state)
+    read = stego.vit_from_state_dict(names(vit))
     assert read.state_dict().keys() == vit.state_dict().keys() and read.num_heads == 2
     assert_equal_features(read, vit)
 
 
-def test_biases_that_are_not_there_are_zero_and_those_of_keys_are_masked():
+def test_plain_mlps_of_dinov3_have_other_names_in_transformers():
+    state = {"model.layer.0.mlp.up_proj.bias": torch.ones(1), "layer.1.mlp.down_proj.bias": torch.ones(1)}
+    assert [*stego.meta_names(state)] == ["blocks.0.mlp.fc1.bias", "blocks.1.mlp.fc2.bias"]
+
+
+def test_biases_that_are_not_there_are_zero():
     vit = random_vit("dinov3")
-    state = {name: value + 7 * name.endswith("qkv.bias") for name, value in vit.state_dict().items()}
-    state["blocks.0.attn.qkv.bias_mask"], state["mask_token"] = torch.ones(384), torch.ones(1, 128)
-    for block in stego.vit_from_state_dict(state).blocks:
-        assert (block.attn.qkv.bias == 0).nonzero().flatten().tolist() == list(range(128, 256))
     for block in vit.blocks:
         block.attn.qkv.bias.zero_()
     state = {name: value for name, value in timm_names(vit).items() if "_bias" not in name}
     assert_equal_features(stego.vit_from_state_dict(state), vit)
 
 
-# ---- files ----
-
-def write_safetensors(path, tensors, padding=b"", **changes):
+def write_safetensors(path, tensors, **changes):
     """A .safetensors file of name -> (dtype, shape, bytes). changes: entries of the header, put in place."""
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, (dtype, shape, content) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
         data += content
-    text = json.dumps(header | changes).encode() + padding
+    text = json.dumps(header | changes).encode() + b"    "
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
 
@@ -191,7 +174,7 @@ def test_safetensors_of_every_type_are_read_as_they_are(tmp_path):
               "F32 empty": torch.empty(0, 3)}
     path = write_safetensors(tmp_path / "a.safetensors", {
         name: (name.split()[0], list(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes())
-        for name, value in values.items()}, padding=b"    ")
+        for name, value in values.items()})
     read = stego.read_tensors(path)
     assert read.keys() == values.keys()
     for name, value in values.items():
@@ -201,12 +184,9 @@ def test_safetensors_of_every_type_are_read_as_they_are(tmp_path):
 @pytest.mark.parametrize("entry, reason", [
     ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "fit"),  # beyond the end
     ({"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}, "fit"),
-    ({"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}, "fit"),
-    ({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}, "fit"),
     ({"dtype": "F32", "shape": [10 ** 9, 10 ** 9], "data_offsets": [0, 4]}, "shape"),
-    ({"dtype": "F32", "shape": [1], "data_offsets": [0, 3]}, "multiple"),
     ({"dtype": "U8", "shape": [5], "data_offsets": [0, 5]}, "fit"),  # more than the file, with the other one
-    ({"dtype": "F7", "shape": [2], "data_offsets": [0, 8]}, "F7"), (3, "int")])
+    ({"dtype": "F7", "shape": [2], "data_offsets": [0, 8]}, "F7")])
 def test_a_safetensors_file_with_a_bad_entry_is_refused(entry, reason, tmp_path):
     tensors = {"w": ("F32", [1], bytes(4)), "x": ("F32", [1], bytes(4))}
     path = write_safetensors(tmp_path / "a.safetensors", tensors, x=entry)
@@ -222,12 +202,8 @@ def save_safetensors(state, path):
 @pytest.mark.parametrize("wrap", [
     lambda state: {"teacher": {f"module.backbone.{key}": value for key, value in state.items()}
                    | {"module.head.mlp.0.weight": torch.ones(2)}, "student": {}, "epoch": 3},
-    lambda state: {"teacher": {f"backbone.{key}": value for key, value in state.items()}
-                   | {"dino_head.mlp.0.weight": torch.ones(2), "ibot_head.mlp.0.weight": torch.ones(2)}},
     lambda state: {"model": state, "args": argparse.Namespace(arch="vit_small", lr=5e-4), "optimizer": {}},
-    lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3},
-    lambda state: {**state, "mask_token": torch.zeros(1, 128), "head.weight": torch.zeros(3, 128)},
-    lambda state: {key: value.half() for key, value in state.items()}])
+    lambda state: {"state_dict": {f"module.{key}": value.half() for key, value in state.items()}}])
 def test_files_of_training_runs_give_their_backbone_frozen(wrap, tmp_path):
     vit = random_vit("dinov3")
     torch.save(wrap(vit.state_dict()), tmp_path / "w.pth")
@@ -240,25 +216,18 @@ def test_files_of_training_runs_give_their_backbone_frozen(wrap, tmp_path):
 
 def test_a_folder_of_save_pretrained_is_read_as_its_model_safetensors(tmp_path):
     vit = random_vit("dinov2_reg")
-    save_safetensors(transformers_names(vit, "dinov2_reg"), tmp_path / "model.safetensors")
+    save_safetensors(transformers_names(vit), tmp_path / "model.safetensors")
     assert_equal_features(stego.load_backbone(tmp_path), vit)
 
 
-ONES = torch.ones(64)
+DINO = random_vit("dino").state_dict()
 FOREIGN = {
-    "clip": ({"text_model.embeddings.position_ids": torch.arange(3), "visual_projection.weight": ONES,
-              "vision_model.embeddings.patch_embedding.weight": ONES}, "text_model"),
-    "mae": ({"model": random_vit("dino").state_dict() | {"decoder_embed.weight": ONES}}, "decoder_embed"),
-    "swin": ({"patch_embed.proj.weight": torch.ones(64, 3, 4, 4), "norm.weight": ONES,
-              "layers.0.blocks.0.norm1.weight": ONES}, "layers.0.blocks.0.norm1"),
-    "resnet": ({"conv1.weight": ONES, "bn1.num_batches_tracked": torch.tensor(3)}, "conv1.weight, bn1"),
-    "mmseg": ({"backbone.layers.0.blocks.0.attn.w_msa.qkv.weight": ONES}, "w_msa"),
+    "mae": ({"model": DINO | {"decoder_embed.weight": torch.ones(64)}}, "decoder_embed"),
+    "resnet": ({"conv1.weight": torch.ones(64), "bn1.bias": torch.ones(64)}, "conv1.weight, bn1"),
     "optimizer": ({"param_groups": [{"lr": 0.1}], "state": {}}, "param_groups"),
-    "lacking": ({k: v for k, v in random_vit("dino").state_dict().items() if k != "norm.bias"}, "norm.bias"),
-    "misshapen": (random_vit("dino").state_dict() | {"blocks.1.mlp.fc1.weight": torch.ones(3, 3)},
-                  "blocks.1.mlp.fc1.weight"),
-    "oblong": (random_vit("dino").state_dict() | {"pos_embed": torch.ones(1, 16, 128)}, "pos_embed"),
-    "empty": ({}, "patch_embed"), "number": (3, "int"), "complex": ({"x": torch.ones(2) * 1j}, "but x")}
+    "lacking": ({key: value for key, value in DINO.items() if key != "norm.bias"}, "norm.bias"),
+    "misshapen": (DINO | {"blocks.1.mlp.fc1.weight": torch.ones(3, 3)}, "blocks.1.mlp.fc1.weight"),
+    "oblong": (DINO | {"pos_embed": torch.ones(1, 16, 128)}, "pos_embed"), "number": (3, "int")}
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -270,44 +239,23 @@ def test_other_files_are_refused_in_one_sentence_that_names_what_was_found(name,
 
 
 def test_what_is_not_there_is_answered_with_the_names_that_are_known(tmp_path):
-    for name in ("missing.pth", tmp_path):
-        with pytest.raises(stego.InputError, match="neither a file nor one of vit_tiny_scenes, dino_vits16"):
-            stego.load_backbone(name)
+    with pytest.raises(stego.InputError, match="neither a file nor one of vit_tiny_scenes, dino_vits16"):
+        stego.load_backbone(tmp_path)
 
 
-# ---- downloads ----
-
-@pytest.fixture
-def internet(tmp_path, monkeypatch):
-    """Address -> bytes: what downloads give, into a folder of the test. Each can be had once."""
+@pytest.mark.parametrize("broken", ["nothing", "a page", "half"])
+def test_a_broken_download_leaves_nothing_and_the_next_one_is_whole(broken, tmp_path, monkeypatch):
     def download(url, target):
-        if url not in internet:
+        if not content:
             raise OSError("no route to host")
-        Path(target).write_bytes(internet.pop(url))
+        Path(target).write_bytes(content)
 
-    internet = {}
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    return internet
-
-
-def test_two_files_of_one_name_are_downloaded_once_each(internet, tmp_path):
-    vits = {f"https://x.org/{name}/model.safetensors": random_vit(name) for name in ("dino", "dinov3")}
-    for address, vit in vits.items():
-        internet[address] = save_safetensors(vit.state_dict(), tmp_path / "w").read_bytes()
-    for address in (*vits, *vits):
-        assert_equal_features(stego.load_backbone(address), vits[address])
-
-
-@pytest.mark.parametrize("broken", [lambda whole: None, lambda whole: whole[:9999], lambda whole: b"<html>"])
-def test_a_broken_download_leaves_nothing_and_the_next_one_is_whole(broken, internet, tmp_path):
-    address = stego.BACKBONES["dino_vits8"]
     whole = save_safetensors(random_vit("dino").state_dict(), tmp_path / "w").read_bytes()
-    if broken(whole):
-        internet[address] = broken(whole)
-    with pytest.raises(stego.InputError, match=f"cannot download {address} .*--backbone FILE"):
+    content = {"nothing": b"", "a page": b"<html>", "half": whole[:9999]}[broken]
+    with pytest.raises(stego.InputError, match=r"cannot download https://.*--backbone FILE"):
         stego.load_backbone("dino_vits8")
     assert os.listdir(tmp_path / "hub/checkpoints") == []
-    internet[address] = whole
+    content = whole
     assert stego.load_backbone("dino_vits8").patch_size == 8
-    assert os.listdir(tmp_path / "hub/checkpoints") == ["dino_deitsmall8_pretrain.pth"]
