@@ -134,7 +134,8 @@ class Collection:
 
     def fingerprint(self):
         """Plain values that change whenever a file does."""
-        stats = [(os.path.relpath(path, self.folder), path.stat()) for path in self.images + self.labels if path]
+        files = [path for path in self.images + self.labels if path]
+        stats = [(os.path.relpath(path, self.folder), path.stat()) for path in files]
         return [self.classes.tolist() if self.has_labels else None,
                 [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
 

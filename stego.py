@@ -481,8 +481,11 @@ def read_safetensors(path):
     tensors = {}
     for name, entry in json.loads(bytes(content[8:start])).items():
         if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            tensor = torch.frombuffer(content[start:][begin:end], dtype=SAFETENSORS_TYPES[entry["dtype"]])
+            (begin, end), dtype = entry["data_offsets"], SAFETENSORS_TYPES[entry["dtype"]]
+            if not 0 <= begin <= end <= len(content) - start or min(entry["shape"], default=0) < 0:
+                raise ValueError(f"the offsets or the shape of {name} do not fit the file")
+            part = content[start + begin:start + end]
+            tensor = torch.frombuffer(part, dtype=dtype) if end > begin else torch.empty(0, dtype=dtype)
             tensors[name] = tensor.reshape(entry["shape"])
     return tensors
 

@@ -201,6 +201,8 @@ def main():
         model.load_state_dict({key: value for key, value in state.items() if "refit_probe" not in key})
         optimizer.load_state_dict({**optimizer.state_dict(), "state": training["optimizer"]["state"]})
         first_step, rows = training["step"], training["rows"]
+        for left in folder.glob("*.tmp") if rank == 0 else ():  # by a process that was killed while it wrote
+            left.unlink()
         print(f"resumed at step {first_step}")
     elif rank == 0 and checkpoint.exists():
         raise InputError(f"{folder} holds a run: go on with it by --resume {name[0]}, or give another --name")

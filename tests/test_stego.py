@@ -106,18 +106,20 @@ def test_rates_are_those_of_a_mixture_of_like_and_unlike_pairs():
 
 
 @pytest.mark.parametrize("n_groups, threshold", [(5, -1.0), (3, -1.0), (1, 0.2)])
-def test_average_linkage_equals_a_slow_loop_over_the_members_of_groups(n_groups, threshold):
+def test_linkage_equals_a_slow_loop_over_the_members_of_groups(n_groups, threshold):
     vectors = nnf.normalize(torch.randn(40, 5), dim=1).double()
     groups = [part.tolist() for part in torch.arange(40).split([1, 1, 1, 2, 2, 3, 4, 6, 8, 12])]  # given
     sums = torch.stack([vectors[group].sum(0) for group in groups])
-    found = stego.average_linkage(sums, torch.tensor([len(group) for group in groups]), n_groups, threshold)
+    found = stego.linkage(sums, torch.tensor([len(group) for group in groups]), n_groups, threshold)
     merged = [[i] for i in range(10)]
     while len(merged) > n_groups:
-        def alike(pair):
+        def mean_cosine_and_cost(pair):
             a, b = ([member for i in merged[k] for member in groups[i]] for k in pair)
-            return (vectors[a] @ vectors[b].T).mean()
-        a, b = max(itertools.combinations(range(len(merged)), 2), key=alike)
-        if alike((a, b)) <= threshold:
+            cosine = (vectors[a] @ vectors[b].T).mean()
+            return cosine, (1 - cosine) * (len(a) * len(b) / (len(a) + len(b))) ** (1 / 16)
+        pairs = itertools.combinations(range(len(merged)), 2)
+        a, b = min(pairs, key=lambda pair: mean_cosine_and_cost(pair)[1])
+        if mean_cosine_and_cost((a, b))[0] <= threshold:
             break
         merged[a] += merged.pop(b)
     assert len(found.unique()) == len(merged)
