@@ -494,31 +494,30 @@ def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, w
     def read(i):
         return image_views(collection, i, size, crop), label_views(collection, i, size, crop)
 
-    def write(images, computed):
-        rows = (images[:, None] * v + np.arange(v)).ravel()
-        for name, array in out.items():
-            array[rows] = computed[name]
-        done[images] = True
-
-    decoded, written = in_threads(read, todo, workers), None
-    with (ThreadPoolExecutor(1) as writer,
-          progress(None, "features", "image", len(collection), int(done.sum()), rank) as bar):
-        for start in range(0, len(todo), max(1, views_at_once // v)):
-            images = todo[start:start + max(1, views_at_once // v)]
+    def computed():
+        decoded, at_once = in_threads(read, todo, workers), max(1, views_at_once // v)
+        for start in range(0, len(todo), at_once):
+            images = todo[start:start + at_once]
             pixels, labels = map(np.concatenate, zip(*itertools.islice(decoded, len(images))))
             maps = compute(pixels)
             half = maps.half().permute(0, 2, 3, 1)  # (N, h, w, D)
             if not torch.isfinite(half).all():
                 raise InputError(f"{collection.images[images[0]]} or the {len(images) - 1} images after it: "
-                                 "the backbone gives features that are no numbers, or too large for float16")
+                                 "the backbone gives features that are not finite in float16")
             vectors = maps.mean((2, 3)).cpu().numpy()
-            computed = {"vectors": vectors, "maps": half.cpu().numpy(), "labels": labels}
-            if written:
-                written.result()
-            written = writer.submit(write, images, computed)  # while the next batch is computed
-            bar.update(min(len(images) * world, bar.total - bar.n))
-        if written:
-            written.result()
+            yield images, {"vectors": vectors, "maps": half.cpu().numpy(), "labels": labels}
+
+    def write(batch):
+        images, values = batch
+        rows = (images[:, None] * v + np.arange(v)).ravel()
+        for name, array in out.items():
+            array[rows] = values[name]
+        done[images] = True
+        return len(images)
+
+    with progress(None, "features", "image", len(mine), len(mine) - len(todo), rank) as bar:
+        for n_images in in_threads(write, computed(), workers=1, ahead=1):  # beside the next batch
+            bar.update(n_images)
     if world > 1:
         dist.barrier()
     with contextlib.suppress(FileNotFoundError):  # another process was faster

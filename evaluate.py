@@ -424,7 +424,7 @@ def evaluate(model, collection, size, probes, crf=True, workers=2, rank=0, world
 
 # ---- Results: a table, scores.json, pictures ----
 
-def report(folder, confusions, samples, collection, probes, legend, commonest=None, warnings=[], **more):
+def report(folder, confusions, samples, collection, probes, legend, commonest=None, warnings=(), **more):
     """Prints the table; writes scores.json, panel.png and, with labels, confusion.png into `folder`.
 
     legend: (names, colours) of the predicted clusters. commonest: see commonest_classes. warnings: what is
@@ -446,7 +446,7 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
             assignments[row] = hungarian(sum(confusion_matrix(clusters[row], clusters[best], *shape)
                                              for _, _, clusters in samples))
     given, (names, palette) = legend[0], (collection.names, collection.palette) if results else legend
-    extra = data.class_palette(VOID)[len(palette):]  # for clusters that no class was left for
+    extra = data.class_palette(300)[len(palette):]  # for clusters that no class was left for
     colours = {row: [palette[c] if c >= 0 else extra[k % len(extra)] for k, c in enumerate(assignment)]
                for row, assignment in assignments.items()}
     names_found = [names[c] if c >= 0 else f"cluster {k}" for k, c in enumerate(assignments[best])]
@@ -472,7 +472,8 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
                 for row in (RAW, best, best + CRF, LINEAR) if row in assignments]
     draw_panel(folder / "panel.png", columns, dict(zip([*names, *names_found], [*palette, *colours[best]])))
     summary = {"data": str(collection.folder), "split": collection.split, "images": len(collection),
-               "classes": collection.names, "prediction": best, "warnings": warnings, "results": results}
+               "classes": collection.names, "prediction": best, "warnings": [*warnings],
+               "results": results}
     text = json.dumps({**summary, **more}, indent=1)
     data.write_text(folder / "scores.json", text.replace("NaN", "null"))  # JSON has no NaN
     return names_found, colours[best]
@@ -489,7 +490,7 @@ def table(results, best=None):
     for row in rows:
         line = f"{row:20}"
         for suffix, score in itertools.product(suffixes, ("miou", "accuracy")):
-            values = [run[score] for run in results.get(row + suffix, [])]
+            values = [run[score] for run in results.get(row + suffix, []) if run[score] is not None]
             spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
             line += f"{np.mean(values):.1f}{spread}".rjust(14) if values else " " * 14
         lines.append(line + ("   <- the prediction" if row == best else ""))
@@ -805,7 +806,7 @@ def draw_heatmaps(path, model, collection, neighbors, size, crop, n_images=5):
 # ---- Command line ----
 
 def add_machine_options(add):
-    """What no result depends on, but for the last bits."""
+    """Options of both scripts: of the machine, and of the CRF."""
     add("--crf", action=argparse.BooleanOptionalAction, default=True, help="evaluate with the CRF, too")
     add("--cache-dir", default="cache", help="where features are kept, which can be large")
     add("--cache-gb", type=float, default=100, help="features of more gigabytes are computed at every step")
@@ -879,7 +880,7 @@ def run_main(main):
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted; a training run goes on with --resume NAME", file=sys.stderr)
+        print("\ninterrupted; training goes on with train.py --resume NAME", file=sys.stderr)
         sys.exit(130)
     except (InputError, OSError, RuntimeError, MemoryError) as error:
         reason = str(error).partition("\n")[0]

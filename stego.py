@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as nnf  # so that F can be the paper's F
 from torch import nn
 
-VOID = 255  # the label of pixels that are neither taught nor scored
+VOID = 255  # the label of pixels that are left out in training and in scores
 
 
 # ---- Frozen backbone: f = ViT(x) ----

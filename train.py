@@ -87,7 +87,7 @@ def parse_args():
     add("--lambda-knn", type=float, default=0.577453483136995, help="weight of pairs with a neighbour")
     add("--lambda-rand", type=float, default=0.9058762625226623, help="weight of pairs with random images")
     shift = {"type": lambda text: text if text == "auto" else float(text), "default": "auto"}
-    add("--b-self", **shift, help="shift of pairs with the image itself: they attract where F is more")
+    add("--b-self", **shift, help="shift of pairs with the image itself: they attract where F is larger")
     add("--b-knn", **shift, help="raise shifts if the codes collapse, lower them if they scatter")
     add("--b-rand", **shift, help="auto: from the features alone")
     add("--same-class", type=float, nargs=3, metavar=("SELF", "KNN", "RAND"),
@@ -118,7 +118,9 @@ def parse_args():
     args = parser.parse_args()
     args.dataset = args.dataset or "directory"
     if args.data_root:
-        args.data_root = os.path.abspath(args.data_root)  # a run can be resumed from another folder
+        args.data_root = os.path.abspath(args.data_root)  # a run can be evaluated from another folder
+        if not Path(args.data_root, "classes.txt").is_file():
+            args.num_classes = args.num_classes or args.num_clusters
     return args
 
 
@@ -210,7 +212,7 @@ def main():
     def save(step):
         """The checkpoint and the log, unless the weights are no good to go on with."""
         if not all(torch.isfinite(parameter).all() for parameter in trained):
-            raise InputError(f"step {step}: the weights are no numbers; lower --lr or --probe-lr (the "
+            raise InputError(f"step {step}: the weights are not finite; lower --lr or --probe-lr (the "
                              "checkpoint before is kept)")
         if rank == 0:
             state = optimizer.state_dict()
@@ -243,32 +245,32 @@ def main():
     clock["neighbours"] = time.perf_counter()
 
     # ---- shifts: the feature correspondence above which a pair attracts ----
-    pairs = functools.partial(evaluate.correspondences, features, neighbors, model.head, device,
-                              seed=args.seed)
-    seen = pairs(args.center, args.dropout)  # F as the loss sees it
+    sample_pairs = functools.partial(evaluate.correspondences, features, neighbors, model.head, device,
+                                     seed=args.seed)
+    pairs = sample_pairs(args.center, args.dropout)  # F as the loss sees it
     shifts = [args.b_self, args.b_knn, args.b_rand]
     if args.same_class:
         shifts, rates = ["auto"] * 3, args.same_class
     elif "auto" in shifts:
         vectors = evaluate.sample_positions(features.maps, 20_000, args.seed)
         pi_rand = evaluate.random_pair_rate(vectors, args.num_clusters, args.seed)
-        rates = stego.same_class_rates(*(F for F, _, _ in pairs().values()), pi_rand)
-    for i, (F, _, _) in enumerate(seen.values()):
+        rates = stego.same_class_rates(*(F for F, _, _ in sample_pairs().values()), pi_rand)
+    for i, (F, _, _) in enumerate(pairs.values()):
         if shifts[i] == "auto":
             shifts[i] = F.quantile(1 - rates[i]).item()
     if world > 1:
         dist.broadcast_object_list(shifts)
-    attract = [(F > shift).float() for (F, _, _), shift in zip(seen.values(), shifts)]
+    attract = [(F > shift).float() for (F, _, _), shift in zip(pairs.values(), shifts)]
     print(f"shifts (self, knn, rand): {', '.join(f'{shift:.3f}' for shift in shifts)}")
     print(f"shares of pairs that attract: {evaluate.percent(attract)}")
     if train.has_labels:
-        true = evaluate.percent(same[same >= 0] for _, _, same in seen.values())
+        true = evaluate.percent(same[same >= 0] for _, _, same in pairs.values())
         print(f"shares of pairs of one class, by the labels: {true}")
     clock["shifts"] = time.perf_counter()
 
     # ---- the loop: reads features, never images. Every random number is a function of seed and step ----
     def read(step):
-        """x and x^knn (N, D, h, w) and the labels of x (N, H, W) or None: this process's share of a batch."""
+        """x and x^knn (N, D, h, w) and the labels of x (N, H, W), if any: this process's share of a batch."""
         if isinstance(features.maps, torch.Tensor):  # a read map needs no more, and would disturb the step
             torch.set_num_threads(1)  # of this thread
         batch, batch_knn = draw_batch(step, neighbors, args.batch_size, args.seed)
@@ -313,7 +315,7 @@ def main():
         if (step + 1) % 10 == 0:
             values = {term: round(value.item(), 5) for term, value in terms.items()}
             if not all(map(math.isfinite, values.values())):
-                raise InputError(f"step {step + 1}: the loss is no number, {values}; lower --lr, --probe-lr")
+                raise InputError(f"step {step + 1}: the loss is not finite, {values}; lower --lr, --probe-lr")
             rows.append({"step": step + 1, **values})
             bar.set_postfix(values, refresh=False)
         if time.monotonic() - saved_at > 45 or step + 1 == args.steps:
@@ -338,8 +340,8 @@ def main():
         probe.to(device).requires_grad_(False).centroids.copy_(found)
     if rank == 0:
         views, clusters = evaluate.survey(model, features)
-        finished = pairs(args.center, args.dropout)
-        evaluate.draw_diagnostics(folder / "diagnostics.png", finished, shifts)
+        pairs = sample_pairs(args.center, args.dropout)  # with S of the finished codes
+        evaluate.draw_diagnostics(folder / "diagnostics.png", pairs, shifts)
         health, warnings = evaluate.diagnose(codes, model.refit_probe, clusters)
         warnings = warnings if args.num_clusters > 1 else []
         print("health: " + ", ".join(f"{quantity} {value:.2f}" for quantity, value in health.items()))

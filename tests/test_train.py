@@ -287,7 +287,7 @@ def test_a_finished_run_is_not_overwritten(workplace, monkeypatch, told):
 
 
 @pytest.mark.parametrize("steps, words", [
-    ("12", "step 10: the loss is no number"), ("5", "step 5: the weights are no numbers")])
+    ("12", "step 10: the loss is not finite"), ("5", "step 5: the weights are not finite")])
 def test_a_run_without_numbers_stops_and_keeps_its_checkpoint(steps, words, workplace, monkeypatch, told):
     error = told(*IMAGES, "--name", "t", "--lr", "inf", "--steps", steps)
     assert words in error and "lower --lr" in error
