@@ -432,11 +432,10 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
                      rank=0, world=1):
     """Features of all views of size x size pixels, from the cache where it has them.
 
-    The maps are kept if they take no more than cache_gb (10^9 bytes) and the disk has room; otherwise only
-    the mean vectors are, and a map is computed whenever it is read. All is written into
-    `<cache_dir>/<key>.partial`, which is renamed once it is whole; a killed extraction goes on where it
-    stopped, and runs that fill the same cache write the same. Of `world` processes each extracts every
-    world-th image.
+    The maps are kept if they take no more than cache_gb (10^9 bytes) and the disk has room; otherwise a map
+    is computed whenever it is read. All is written into `<cache_dir>/<key>.partial`, which is renamed once it
+    is whole; a killed extraction goes on where it stopped, and runs that fill the same cache write the same.
+    Of `world` processes each extracts every world-th image.
     """
     device, v = next(model.head.parameters()).device, 5 if crop == "five" else 1
     n, D, side = len(collection) * v, model.backbone.embed_dim, size // model.backbone.patch_size
@@ -463,6 +462,10 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
 
     if not folder.is_dir():
         fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, world)
+    if world > 1:
+        dist.barrier()
+    with contextlib.suppress(OSError):  # it has its name already, or another process is faster
+        os.rename(f"{folder}.partial", folder)
     found = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in arrays}
     if not live:
         return Features(found["maps"].permute(0, 3, 1, 2), found["vectors"], found.get("labels"), folder)
@@ -477,7 +480,7 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
 
 
 def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, world, views_at_once=32):
-    """Computes the arrays, name -> (shape, dtype), in `<folder>.partial`, and renames it at the end."""
+    """Computes what is missing of the arrays, name -> (shape, dtype), in `<folder>.partial`."""
     partial = Path(f"{folder}.partial")
     if not partial.is_dir():
         with tempfile.TemporaryDirectory(dir=folder.parent) as made:
@@ -518,10 +521,6 @@ def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, w
     with progress(None, "features", "image", len(mine), len(mine) - len(todo), rank) as bar:
         for n_images in in_threads(write, computed(), workers=1, ahead=1):  # beside the next batch
             bar.update(n_images)
-    if world > 1:
-        dist.barrier()
-    with contextlib.suppress(FileNotFoundError):  # another process was faster
-        os.replace(partial, folder)
 
 
 @torch.no_grad()

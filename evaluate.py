@@ -121,11 +121,10 @@ def scores(confusion, assignment):
 def kmeans(codes, n_clusters, restarts=20, seed=0, iterations=100):
     """Spherical k-means: unit centroids that maximise mean_n max_k cos(code_n, centroid_k).
 
-    codes: (N, C), any length. Each restart begins with greedy k-means++ (Arthur, Vassilvitskii 2007); an
-    empty cluster continues at the code that fits worst. Restarts matter: most single runs on the embedded
-    scenes end in an optimum that is up to 10 points of mIoU worse, and shows it in the objective.
-    Deterministic per seed, on a GPU too. Returns (n_clusters, C). Raises ValueError where there are fewer
-    codes than clusters.
+    codes: (N, C), any length. The best of some restarts, each of which begins with greedy k-means++ (Arthur,
+    Vassilvitskii 2007): most single runs on the embedded scenes are up to 10 points of mIoU worse, and show
+    it in the objective. Deterministic per seed. Returns (n_clusters, C). Raises ValueError for fewer codes
+    than clusters.
     """
     if not 1 <= n_clusters <= len(codes) or restarts < 1:
         raise ValueError(f"{n_clusters} clusters of {len(codes)} codes, from {restarts} restarts")
@@ -274,10 +273,9 @@ def commonest_classes(features, views, clusters, n_clusters, n_classes):
 def diagnose(codes, probe, clusters):
     """Health of trained codes (n, K), from unlabelled evidence alone, and a sentence for what is wrong.
 
-    effective_rank: exp of the entropy of the codes' principal variances, how many directions they really use.
-    compactness: mean cosine of a code with its centroid of `probe`. largest_cluster: share of the largest one
-    in clusters (m, h, w), of views, and largest_in_view: the same of each view alone. Returns (dict,
-    sentences).
+    effective_rank: exp of the entropy of the codes' principal variances. compactness: mean cosine of a code
+    with its centroid of `probe`. largest_cluster: share of the largest one in clusters (m, h, w), of views,
+    and largest_in_view: the same of each view alone. Returns (dict, sentences).
     """
     variances = torch.linalg.svdvals(nnf.normalize(codes, dim=1).cpu()).square()
     share = (variances / variances.sum().clamp(min=1e-12)).clamp(min=1e-12)
@@ -427,10 +425,9 @@ def evaluate(model, collection, size, probes, crf=True, workers=2, rank=0, world
 def report(folder, confusions, samples, collection, probes, legend, commonest=None, warnings=(), **more):
     """Prints the table; writes scores.json, panel.png and, with labels, confusion.png into `folder`.
 
-    legend: (names, colours) of the predicted clusters. commonest: see commonest_classes. warnings: what is
-    wrong with the codes, printed and stored. more: stored, too. With labels the clusters are also read by
-    their names, where those are names of classes, and by commonest. Returns the legend that the matching
-    gives.
+    legend: (names, colours) of the predicted clusters. commonest: see commonest_classes. warnings and more
+    are stored. With labels the clusters are also read by their names, where those are names of classes, and
+    by commonest. Returns the legend that the matching gives.
     """
     folder.mkdir(parents=True, exist_ok=True)
     best, results, assignments = prediction_row(probes), {}, {}
@@ -452,9 +449,11 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
     names_found = [names[c] if c >= 0 else f"cluster {k}" for k, c in enumerate(assignments[best])]
     if results:
         named = [collection.names.index(name) if name in collection.names else -1 for name in given]
-        for row, assignment in ((BY_TRAINING, commonest), (BY_NAME, named)):
-            if assignment is not None and max(assignment) >= 0:
-                results[row] = {**scores(confusions[best], assignment), "assignment": assignment}
+        readings = {BY_TRAINING: commonest} if commonest else {}
+        if max(named) >= 0 and named != assignments[best].tolist():
+            readings[BY_NAME] = named
+        for row, assignment in readings.items():
+            results[row] = {**scores(confusions[best], assignment), "assignment": assignment}
         if RAW in results and results[best]["miou"] < results[RAW]["miou"]:
             warnings = [*warnings, "the codes score below k-means on the features: train longer (--steps), "
                         "give other shifts (--same-class), or look at evaluate.py RUN --correspondences"]

@@ -115,10 +115,10 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """The ViT of DINO (Caron et al. 2021), DINOv2 (Oquab et al. 2023) and DINOv3 (Siméoni et al. 2025).
 
-    State-dict names are Meta's, but DINOv3's storage tokens are called register_tokens, as DINOv2's are.
-    image_size: the side in pixels that the position embedding was made for; it is interpolated for others.
-    registers: extra tokens beside the class token. hidden_dim: of the MLPs, 4 embed_dim unless given.
-    layer_scale: as in DINOv2 and DINOv3. rotary: DINOv3's rotary positions in place of a position embedding.
+    State-dict names are Meta's, with register_tokens for DINOv3's storage tokens, too. image_size: the side
+    in pixels of the position embedding, which is interpolated for others. registers: tokens beside the class
+    token. hidden_dim: of the MLPs, 4 embed_dim unless given. rotary: rotary positions in place of an
+    embedding.
     """
 
     def __init__(self, patch_size, embed_dim, depth, num_heads, image_size=224, registers=0,
@@ -325,10 +325,10 @@ def linkage(sums, sizes, n_groups, threshold=-1.0):
 
         (1 - s_i . s_j / (m_i m_j)) (m_i m_j / (m_i + m_j))^(1/16)
 
-    The first factor is one minus the mean cosine of their members, as in average linkage; the second, of
-    Ward's method with exponent 1, keeps a group from swallowing all others for its size. Ends with n_groups,
-    or where the mean cosine is not above the threshold. sums s: (m, C), of the vectors in each group; sizes:
-    (m,), how many they are. Returns the new group of each old one, (m,) of 0, 1, ...
+    The mean cosine of their members is the criterion of average linkage; the second factor, Ward's with an
+    exponent of 1, keeps one group from swallowing all. Ends with n_groups, or at a mean cosine of no more
+    than the threshold. sums s: (m, C), of the vectors in each group; sizes: (m,). Returns the new group of
+    each, (m,).
     """
     sums, sizes = sums.double().clone(), sizes.double().clone()
     group, left = torch.arange(len(sums)), torch.ones(len(sums), dtype=torch.bool)
@@ -350,14 +350,13 @@ def same_class_rates(F_self, F_knn, F_rand, pi_rand):
     """Shares of the self, the knn and the rand pairs of points that show the same class, from that of the
     last.
 
-    Ours, not the paper's. It assumes that (1) F of pairs of different classes has the same distribution in an
-    image, in neighbours and in random images; (2) pairs of one class hardly ever lie below m, the median of
-    F_rand. Then
+    Ours, not the paper's. If F of pairs of different classes has the same distribution in an image, in
+    neighbours and in random images, and pairs of one class hardly ever lie below m, the median of F_rand,
+    then
 
         P(F_t <= m) / P(F_rand <= m) = (1 - pi_t) / (1 - pi_rand),    t = self, knn
 
-    F_self, F_knn, F_rand: feature correspondences of random pairs of points of each kind, any shape. Returns
-    (pi_self, pi_knn, pi_rand), none below pi_rand.
+    F_self, F_knn, F_rand: of random pairs of points. Returns (pi_self, pi_knn, pi_rand), none below pi_rand.
     """
     m = F_rand.median()
     below = F_rand.le(m).float().mean()
