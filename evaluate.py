@@ -707,8 +707,9 @@ def draw_curves(path, plots, x_label, colours=((0, 114, 178), (213, 94, 0)), mar
             x, y = left + share * wide, bottom - share * high
             draw.line((x, top, x, bottom), "lightgray", 3)
             draw.line((left, y, right, y), "lightgray", 3)
-            draw.text((x, bottom + 45), f"{x_low + share * (x_high - x_low):.4g}", "black", font, "mm")
-            draw.text((left - 24, y), f"{y_low + share * (y_high - y_low):.3g}", "black", font, "rm")
+            x_value, y_value = x_low + share * (x_high - x_low), y_low + share * (y_high - y_low)
+            draw.text((x, bottom + 45), f"{round(x_value, 6):.4g}", "black", font, "mm")
+            draw.text((left - 24, y), f"{round(y_value, 6):.3g}", "black", font, "rm")
         for x in np.interp(marks[i:i + 1], (x_low, x_high), (left, right)):
             draw.line((x, top, x, bottom), "black", 4)
         for (x, y), colour in zip(curves.values(), colours):
