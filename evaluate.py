@@ -148,8 +148,11 @@ def kmeans(codes, n_clusters, restarts=20, seed=0, iterations=100):
             previous, objective = objective, similarity.mean().item()
             if objective - previous < 1e-6:
                 break
-            members = nnf.one_hot(nearest, n_clusters).float()  # (N, n_clusters)
-            sums, empty = members.T @ codes, members.sum(0) == 0
+            if codes.is_cuda:  # where index_add_ sums in another order each time; on a CPU it is faster
+                sums = nnf.one_hot(nearest, n_clusters).float().T @ codes  # (n_clusters, C)
+            else:
+                sums = torch.zeros_like(centroids).index_add_(0, nearest, codes)
+            empty = torch.bincount(nearest, minlength=n_clusters) == 0
             sums[empty] = codes[similarity.topk(int(empty.sum()), largest=False).indices]
             centroids = nnf.normalize(sums, dim=1)
         if objective > best_objective:
