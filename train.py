@@ -12,6 +12,7 @@ them.
 """
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -124,11 +125,6 @@ def parse_args():
     return args
 
 
-@functools.lru_cache(maxsize=1)  # one permutation serves all steps of its epoch
-def epoch_order(epoch, n, seed):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
 def draw_batch(step, neighbors, batch_size, seed):
     """The views of one step, and for each one of its nearest neighbours: indices (batch_size,), twice.
 
@@ -137,17 +133,10 @@ def draw_batch(step, neighbors, batch_size, seed):
     """
     n, k = neighbors.shape
     epoch, position = divmod(step, n // batch_size)
-    batch = epoch_order(epoch, n, seed)[position * batch_size:(position + 1) * batch_size]
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    batch = order[position * batch_size:(position + 1) * batch_size]
     draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
     return batch, neighbors[batch, torch.randint(k, batch.shape, generator=draw)]
-
-
-def free_name(dataset):
-    """The data set's name with the first number that no run has."""
-    number = 1
-    while Path("runs", f"{dataset}-{number}").exists():
-        number += 1
-    return f"{dataset}-{number}"
 
 
 def main():
@@ -192,7 +181,8 @@ def main():
         data.check_files([train, val], args.workers, rank)
 
     # ---- the run's folder ----
-    name = [args.resume or args.name or free_name(args.dataset)]
+    free = next(i for i in itertools.count(1) if not Path("runs", f"{args.dataset}-{i}").exists())
+    name = [args.resume or args.name or f"{args.dataset}-{free}"]
     if world > 1:
         dist.broadcast_object_list(name)
     folder = Path("runs", name[0])
