@@ -37,6 +37,7 @@ from stego import VOID, InputError, replacing
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINO models expect
 RESIZE = TF.InterpolationMode.NEAREST  # images too, as the authors' code, utils.py:176-180
+VIEWS = {"none": 1, "five": 5}  # crop -> views of an image
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 warnings.filterwarnings("ignore", module="PIL")  # of large photos; beyond 179 million pixels it refuses
 
@@ -437,7 +438,7 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
     is whole; a killed extraction goes on where it stopped, and runs that fill the same cache write the same.
     Of `world` processes each extracts every world-th image.
     """
-    device, v = next(model.head.parameters()).device, 5 if crop == "five" else 1
+    device, v = next(model.head.parameters()).device, VIEWS[crop]
     n, D, side = len(collection) * v, model.backbone.embed_dim, size // model.backbone.patch_size
     # Maps lie channels last: as the ViT gives them, and several times faster to sample.
     arrays = {"vectors": ((n, D), np.float32), "maps": ((n, side, side, D), np.float16)}
@@ -491,11 +492,12 @@ def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, w
                 os.rename(f"{made}/arrays", partial)
     out = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in arrays}
     done = np.load(partial / "done.npy", mmap_mode="r+")
-    mine, v = np.arange(rank, len(collection), world), 5 if crop == "five" else 1
+    mine, v = np.arange(rank, len(collection), world), VIEWS[crop]
     todo = mine[~done[mine]]
 
     def read(i):
-        return image_views(collection, i, size, crop), label_views(collection, i, size, crop)
+        labels = label_views(collection, i, size, crop) if "labels" in out else np.empty(0)
+        return image_views(collection, i, size, crop), labels
 
     def computed():
         decoded, at_once = in_threads(read, todo, workers), max(1, views_at_once // v)

@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -476,8 +477,8 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
     summary = {"data": str(collection.folder), "split": collection.split, "images": len(collection),
                "classes": collection.names, "prediction": best, "warnings": [*warnings],
                "results": results}
-    text = json.dumps({**summary, **more}, indent=1)
-    data.write_text(folder / "scores.json", text.replace("NaN", "null"))  # JSON has no NaN
+    text = json.dumps({**summary, **more}, indent=1)  # JSON has no NaN; where one ends a line it is a number
+    data.write_text(folder / "scores.json", re.sub(r"\bNaN(,?)$", r"null\1", text, flags=re.MULTILINE))
     return names_found, colours[best]
 
 
@@ -522,11 +523,11 @@ def compare(folders):
 
 # ---- Your own photos ----
 
-def write_legend(path, names, colours, **columns):
-    """Writes clusters.json: id -> name, colour and whatever more is told of each cluster."""
+def write_legend(path, names, colours, share=()):
+    """Writes clusters.json: id -> name, colour and, where given, the share of each cluster."""
     rows = [{"name": name, "color": [int(c) for c in colour]} for name, colour in zip(names, colours)]
-    for key, values in columns.items():
-        rows = [{**row, key: value} for row, value in zip(rows, values)]
+    for row, value in zip(rows, share):
+        row["share"] = value
     data.write_text(path, json.dumps(dict(enumerate(rows)), indent=1))
 
 
@@ -727,7 +728,7 @@ def draw_clusters(path, collection, views, clusters, names, colours, size, crop,
     views (m,), clusters (m, h, w): of a survey. Returns the share of each cluster.
     """
     in_view = nnf.one_hot(clusters.flatten(1), len(names)).float().mean(1)  # (m, n_clusters)
-    shares, v = in_view.mean(0), 5 if crop == "five" else 1
+    shares, v = in_view.mean(0), data.VIEWS[crop]
     rows = []
     for k in shares.argsort(descending=True).tolist():
         swatch = Image.new("RGB", (200, 200), tuple(map(int, colours[k])))

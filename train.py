@@ -71,7 +71,7 @@ def parse_args():
     add("--num-classes", type=int, help="of a directory without classes.txt: kinds of things to tell apart")
     add("--resolution", type=int, default=224, help="side of the training views in pixels")
     add("--eval-resolution", type=int, default=320, help="side of the evaluated views in pixels")
-    add("--crop", choices=("none", "five"), default="none",
+    add("--crop", choices=data.VIEWS, default="none",
         help="none: training sees the centre square of an image; five: its corners and centre at half size")
 
     add = parser.add_argument_group("model").add_argument
@@ -164,7 +164,7 @@ def main():
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     size, eval_size = (data.round_to_patch(side, model.backbone.patch_size)
                        for side in (args.resolution, args.eval_resolution))
-    n = len(train) * (5 if args.crop == "five" else 1)
+    n = len(train) * data.VIEWS[args.crop]
     args.batch_size = min(args.batch_size, n)
     if size == model.backbone.patch_size:
         raise InputError(f"--resolution {args.resolution} is one patch, with no two points to compare: give "
