@@ -53,10 +53,10 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
     n_classes, height, width = probs.shape
     kernels = []
     if gaussian_weight:
-        kernels.append(_spatial_kernel(height, width, gaussian_std, gaussian_weight))
+        kernels.append(_kernel(height, width, gaussian_weight, gaussian_std))
     if bilateral_weight:
-        kernels.append(_bilateral_kernel(image.tobytes(), height, width, bilateral_xy_std, bilateral_rgb_std,
-                                         bilateral_weight))
+        kernels.append(_kernel(height, width, bilateral_weight, bilateral_xy_std, image.tobytes(),
+                               bilateral_rgb_std))
 
     log_probs = probs.reshape(n_classes, -1).T.astype(np.float32, order="C")  # (P, C)
     log_probs = np.log(log_probs.clip(1e-5, 1))
@@ -81,22 +81,16 @@ def _update(q, log_probs, kernels):
         exp /= (exp @ np.ones(q.shape[1], np.float32))[:, None]
 
 
-def _positions(height, width):
-    return np.mgrid[:height, :width][::-1].reshape(2, -1).astype(np.float32)  # (2, P): x, y
-
-
-@functools.lru_cache(maxsize=2)  # A data set has one image size, or few.
-def _spatial_kernel(height, width, std, weight):
-    kernel = _LatticeKernel(_positions(height, width) / np.float32(std), weight)
+@functools.lru_cache(maxsize=2)  # Images of one size follow each other, and probabilities of one image.
+def _kernel(height, width, weight, xy_std, pixels=None, rgb_std=None):
+    features = np.mgrid[:height, :width][::-1].reshape(2, -1).astype(np.float32)  # (2, P): x, y
+    features /= np.float32(xy_std)
+    if pixels:
+        colours = np.frombuffer(pixels, np.uint8).reshape(-1, 3).T[::-1]  # (3, P): blue, green, red
+        return _LatticeKernel(np.vstack([features, colours / np.float32(rgb_std)]), weight)
+    kernel = _LatticeKernel(features, weight)
     # A pixel reaches less than a simplex, two steps of the blur and a simplex, each of side std.
-    return _StencilKernel(kernel, height, width, reach=int(np.ceil(4 * std)) - 1) if std <= 1 else kernel
-
-
-@functools.lru_cache(maxsize=1)  # The predictions of several probes for one image follow each other.
-def _bilateral_kernel(pixels, height, width, xy_std, rgb_std, weight):
-    colours = np.frombuffer(pixels, np.uint8).reshape(-1, 3).T[::-1]  # (3, P): blue, green, red
-    features = [_positions(height, width) / np.float32(xy_std), colours / np.float32(rgb_std)]
-    return _LatticeKernel(np.vstack(features), weight)
+    return _StencilKernel(kernel, height, width, reach=int(np.ceil(4 * xy_std)) - 1) if xy_std <= 1 else kernel
 
 
 def _lattice(features):

@@ -1,5 +1,4 @@
-"""From files to frozen features: images and labels, data sets, the views the network sees, the cache,
-neighbours.
+"""From files to frozen features: images, labels, data sets, what the network sees, the cache, neighbours.
 
 The backbone is frozen and a view of an image never changes, so every feature is computed once:
 `extract_features` fills a float16 memory map and training only reads it. One image has one view (centre crop)
@@ -58,12 +57,10 @@ def in_threads(function, items, workers, ahead=64):
 
 def progress(items, name, unit, total, initial=0, rank=0):
     """tqdm's bar over items, of the first process: on a terminal a bar, in a log two lines a minute."""
-    if sys.stderr.isatty():
-        return tqdm(items, name, total, unit=unit, initial=initial, disable=rank > 0)
-    lines = SimpleNamespace(flush=sys.stderr.flush,
-                            write=lambda text: sys.stderr.write(text.replace("\r", "\n")))
-    return tqdm(items, name, total, unit=unit, initial=initial, disable=rank > 0, file=lines, mininterval=30,
-                miniters=1)
+    log = None if sys.stderr.isatty() else SimpleNamespace(
+        flush=sys.stderr.flush, write=lambda text: sys.stderr.write(text.replace("\r", "\n")))
+    return tqdm(items, name, total, unit=unit, initial=initial, disable=rank > 0, file=log,
+                mininterval=30 if log else 0.1)
 
 
 # ---- Images and labels ----
@@ -193,8 +190,7 @@ def files_below(folder):
 
 
 def directory(root, split, n_classes=None):
-    """imgs/{train,val}/*, optional labels/{train,val}/*.png of equal stems and classes.txt; or a folder of
-    images.
+    """imgs/{train,val}/*, optional labels/{train,val}/*.png of equal stems and classes.txt; or only images.
 
     n_classes defaults to the lines of classes.txt. Where there is no imgs/val, "val" is the training images
     again; split None is every image below imgs, or below root where there is no imgs, without labels; root

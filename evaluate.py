@@ -405,18 +405,20 @@ def segment(model, collection, size, probes, crf=True, workers=2, rank=0, world=
 def evaluate(model, collection, size, probes, crf=True, workers=2, rank=0, world=1, n_samples=5):
     """(confusions, samples): row -> confusion matrix over the collection, and some of what `segment` yields.
 
-    Of several processes all return the same confusions, and evenly spaced samples of their own images.
-    Without labels there are no confusions.
+    The confusion is with the labels or, without labels, with the predicted clusters. Of several processes all
+    return the same confusions, and evenly spaced samples of their own images.
     """
-    n, samples = len(range(rank, len(collection), world)), []
-    rows = [*probes, *(row + CRF for row in refined_rows(probes, crf))] if collection.has_labels else []
-    confusions = {row: torch.zeros(n_outputs(probes[row.removesuffix(CRF)]), collection.n_classes).long()
+    n, samples, best = len(range(rank, len(collection), world)), [], prediction_row(probes)
+    n_classes = collection.n_classes if collection.has_labels else n_outputs(probes[best])
+    rows = [*probes, *(row + CRF for row in refined_rows(probes, crf))]
+    confusions = {row: torch.zeros(n_outputs(probes[row.removesuffix(CRF)]), n_classes, dtype=torch.int64)
                   for row in rows}
     wanted = np.linspace(0, n - 1, min(n_samples, n)).round().astype(int)
     segmented = segment(model, collection, size, probes, crf, workers, rank, world)
     for i, (image, label, clusters) in enumerate(data.progress(segmented, "evaluate", "image", n, rank=rank)):
+        reference = label if collection.has_labels else clusters[best]
         for row, confusion in confusions.items():
-            confusion += confusion_matrix(clusters[row], label, *confusion.shape)
+            confusion += confusion_matrix(clusters[row], reference, *confusion.shape)
         if i in wanted:
             samples.append((image, label, clusters))
     for confusion in confusions.values() if world > 1 else ():
@@ -434,30 +436,25 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
     by commonest. Returns the legend that the matching gives.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    best, results, assignments = prediction_row(probes), {}, {}
-    for row in samples[0][2]:
-        probe = probes[row.removesuffix(CRF)]
-        if row in confusions:
-            clustered = isinstance(probe, ClusterProbe)
-            assignments[row] = hungarian(confusions[row]) if clustered else np.arange(n_outputs(probe))
-            results[row] = scores(confusions[row], assignments[row])
-            results[row]["assignment"] = assignments[row].tolist()
-        else:  # painted like those predicted clusters that it shares most pixels with
-            shape = n_outputs(probe), n_outputs(probes[best])
-            assignments[row] = hungarian(sum(confusion_matrix(clusters[row], clusters[best], *shape)
-                                             for _, _, clusters in samples))
-    given, (names, palette) = legend[0], (collection.names, collection.palette) if results else legend
+    labelled, best = collection.has_labels, prediction_row(probes)
+    as_they_are = (LINEAR, LINEAR + CRF) if labelled else (best,)
+    assignments = {row: np.arange(len(confusion)) if row in as_they_are else hungarian(confusion)
+                   for row, confusion in confusions.items()}
+    given, (names, palette) = legend[0], (collection.names, collection.palette) if labelled else legend
     extra = data.class_palette(300)[len(palette):]  # for clusters that no class was left for
     colours = {row: [palette[c] if c >= 0 else extra[k % len(extra)] for k, c in enumerate(assignment)]
                for row, assignment in assignments.items()}
     names_found = [names[c] if c >= 0 else f"cluster {k}" for k, c in enumerate(assignments[best])]
-    if results:
+    results = {}
+    if labelled:
         named = [collection.names.index(name) if name in collection.names else -1 for name in given]
-        readings = {BY_TRAINING: commonest} if commonest else {}
+        readings = [(row, confusions[row], assignment.tolist()) for row, assignment in assignments.items()]
+        if commonest:
+            readings.append((BY_TRAINING, confusions[best], commonest))
         if max(named) >= 0 and named != assignments[best].tolist():
-            readings[BY_NAME] = named
-        for row, assignment in readings.items():
-            results[row] = {**scores(confusions[best], assignment), "assignment": assignment}
+            readings.append((BY_NAME, confusions[best], named))
+        for row, confusion, assignment in readings:
+            results[row] = {**scores(confusion, assignment), "assignment": assignment}
         if RAW in results and results[best]["miou"] < results[RAW]["miou"]:
             warnings = [*warnings, "the codes score below k-means on the features: train longer (--steps), "
                         "give other shifts (--same-class), or look at evaluate.py RUN --correspondences"]
@@ -469,7 +466,7 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
         print(f"warning: {sentence}")
 
     columns = [("image", [image for image, _, _ in samples])]
-    if results:
+    if labelled:
         columns.append(("label", [paint(label, palette) for _, label, _ in samples]))
     columns += [(row, [paint(clusters[row], colours[row]) for _, _, clusters in samples])
                 for row in (RAW, best, best + CRF, LINEAR) if row in assignments]
@@ -485,15 +482,13 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
 def table(results, best=None):
     """Scores as text, a line a row; of several runs their mean and standard deviation.
 
-    results: row, with " + CRF" or without -> the `scores` of each run.
+    results: row -> the `scores` of each run.
     """
-    rows = dict.fromkeys(row.removesuffix(CRF) for row in results)
-    suffixes = [suffix for suffix in ("", CRF) if any(row + suffix in results for row in rows)]
-    lines = [" " * 20 + "".join(f"{'mIoU' + suffix:>14}{'accuracy':>14}" for suffix in suffixes)]
-    for row in rows:
-        line = f"{row:20}"
-        for suffix, score in itertools.product(suffixes, ("miou", "accuracy")):
-            values = [run[score] for run in results.get(row + suffix, []) if run[score] is not None]
+    lines = [f"{'mIoU':>38}{'accuracy':>14}"]
+    for row, runs in results.items():
+        line = f"{row:24}"
+        for score in ("miou", "accuracy"):
+            values = [run[score] for run in runs if run[score] is not None]
             spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
             line += f"{np.mean(values):.1f}{spread}".rjust(14) if values else " " * 14
         lines.append(line + ("   <- the prediction" if row == best else ""))
@@ -532,8 +527,7 @@ def write_legend(path, names, colours, share=()):
 
 
 def read_legend(path, n_clusters):
-    """(names, colours) of the clusters, from clusters.json, which a person may have edited; or their
-    numbers."""
+    """(names, colours) of the clusters, from clusters.json, which a person may edit; or their numbers."""
     names, colours = [f"cluster {k}" for k in range(n_clusters)], data.class_palette(n_clusters).copy()
     try:
         for k, entry in json.loads(path.read_text("utf-8")).items() if path.is_file() else ():
@@ -687,12 +681,13 @@ def draw_confusion(path, confusion, row_names, names):
     canvas.save(path)
 
 
-def draw_curves(path, plots, x_label, colours=((0, 114, 178), (213, 94, 0)), marks=()):
+def draw_curves(path, plots, x_label, marks=()):
     """Save line plots, up to three side by side, as PNG.
 
-    plots: title -> {name of line: (x, y)}, two equally long lists of numbers; every plot has the same names.
-    colours: of the lines, Okabe and Ito's blue and vermilion. marks: the shift of each plot, a black line.
+    plots: title -> {name of line: (x, y)}, two equally long lists of numbers; every plot has the same names,
+    of one or two lines. marks: the shift of each plot, a black line.
     """
+    colours = (0, 114, 178), (213, 94, 0)  # Okabe and Ito's blue and vermilion
     wide, high, step_x, step_y, margin = 990, 570, 1290, 850, 240  # three times the final size: smooth lines
     font, per_line = ImageFont.load_default(42), min(3, len(plots))
     legend = dict(zip(next(iter(plots.values())), colours)) | ({"shift b": (0, 0, 0)} if marks else {})
@@ -745,14 +740,10 @@ def draw_clusters(path, collection, views, clusters, names, colours, size, crop,
 
 
 def draw_losses(path, rows):
-    """Save the losses of log.jsonl as curves: the values, and their mean over a window of a tenth of them."""
-    plots, steps, half = {}, [row["step"] for row in rows], len(rows) // 20
-    window = np.ones(2 * half + 1) / (2 * half + 1)
-    for name in [name for name in rows[0] if name != "step"]:
-        values = [row[name] for row in rows]
-        mean = steps[half:len(steps) - half], np.convolve(values, window, "valid")
-        plots[name] = {"values": (steps, values), "moving average": mean}
-    draw_curves(path, plots, "step", colours=((246, 208, 130), (0, 114, 178)))
+    """Save the losses of log.jsonl as curves."""
+    names, *values = rows[0], *zip(*(row.values() for row in rows))
+    plots = {name: {"loss": (values[0], losses)} for name, losses in zip(names, values) if name != "step"}
+    draw_curves(path, plots, "step")
 
 
 def draw_diagnostics(path, pairs, shifts):
@@ -778,13 +769,11 @@ def draw_precision_recall(path, pairs):
 
 @torch.no_grad()
 def draw_heatmaps(path, model, collection, neighbors, size, crop, n_images=5):
-    """Save what corresponds to the centre of a view, in the view itself and in its nearest neighbour, as PNG.
+    """Save views and their nearest neighbours, dark where they do not correspond to the centre of the view.
 
     neighbors: (N, k) of the views of the collection. Of n_images evenly spaced views.
     """
-    device, v = next(model.head.parameters()).device, len(neighbors) // len(collection)
-    viridis = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.uint8)
-    rows = []
+    device, v, rows = next(model.head.parameters()).device, len(neighbors) // len(collection), []
     for n in np.linspace(0, len(neighbors) - 1, min(n_images, len(neighbors))).round().astype(int).tolist():
         pair = [data.image_views(collection, m // v, size, crop, m % v) for m in (n, int(neighbors[n, 0]))]
         pixels = torch.from_numpy(np.concatenate(pair))  # (2, 3, size, size)
@@ -796,15 +785,13 @@ def draw_heatmaps(path, model, collection, neighbors, size, crop, n_images=5):
         row = [np.asarray(image), np.asarray(neighbor)]
         for maps in (features, model.head(features)):
             point = maps[:1, :, h // 2, w // 2, None, None].expand(2, -1, -1, -1)
-            similarity = stego.correlation(point, maps)[:, 0]  # (2, 1, h, w)
-            similarity = nnf.interpolate(similarity, (size, size), mode="bilinear")[:, 0].cpu().numpy()
-            colours = [np.interp(similarity, np.linspace(0, 1, 5), channel) for channel in viridis.T]
-            row.extend(np.stack(colours, -1).astype(np.uint8))
+            cosine = stego.correlation(point, maps)[:, 0].clamp(min=0)  # (2, 1, h, w)
+            cosine = nnf.interpolate(cosine, (size, size), mode="bilinear").cpu()
+            row.extend((pixels * cosine).byte().permute(0, 2, 3, 1).numpy())  # (2, size, size, 3)
         rows.append(row)
     titles = ("view and point", "neighbour", "F in the view", "F in the neighbour", "S in the view",
               "S in the neighbour")
-    legend = dict(zip(("cosine 0 or less", "0.25", "0.5", "0.75", "1"), viridis))
-    draw_panel(path, list(zip(titles, zip(*rows))), legend)
+    draw_panel(path, list(zip(titles, zip(*rows))), {"cosine 1": (255, 255, 255), "0 or less": (0, 0, 0)})
 
 
 # ---- Command line ----

@@ -117,8 +117,7 @@ class VisionTransformer(nn.Module):
 
     State-dict names are Meta's, with register_tokens for DINOv3's storage tokens, too. image_size: the side
     in pixels of the position embedding, which is interpolated for others. registers: tokens beside the class
-    token. hidden_dim: of the MLPs, 4 embed_dim unless given. rotary: rotary positions in place of an
-    embedding.
+    token. hidden_dim: of the MLPs, 4 embed_dim unless given. rotary: rotary positions, and no embedding.
     """
 
     def __init__(self, patch_size, embed_dim, depth, num_heads, image_size=224, registers=0,
@@ -265,8 +264,7 @@ def correspondence_loss(features_a, features_b, codes_a, codes_b, shift,
     are at right angles. center: F is centred, see feature_correspondence. zero_clamp=False: without the max.
     stabilize: S is also clamped from above at 0.8. No gradient flows to the features.
 
-    All inputs (N, C, h, w), of b (N, C, i, j), sampled at the same points. Returns (L, S), both (N, h, w, i,
-    j).
+    All inputs (N, C, h, w), of b (N, C, i, j), at the same points. Returns (L, S), both (N, h, w, i, j).
     """
     F = feature_correspondence(features_a, features_b, center)
     S = correlation(codes_a, codes_b)
@@ -297,23 +295,19 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
     Returns (L, {"self", "knn", "rand"}), scalars.
     """
     N, device = len(features), features.device
-    switches = {"center": center, "zero_clamp": zero_clamp, "stabilize": stabilize}
     points_a, points_b = (2 * torch.rand(N, n_points, n_points, 2, device=device) - 1 for _ in range(2))
     f_a, s_a = sample(features, points_a), sample(codes, points_a)  # (N, D, p, p), (N, K, p, p)
-    f_b, s_b = sample(features_knn, points_b), sample(codes_knn, points_b)
-    loss_self = correspondence_loss(f_a, f_a, s_a, s_a, shifts[0], **switches)[0].mean()
-    loss_knn = correspondence_loss(f_a, f_b, s_a, s_b, shifts[1], **switches)[0].mean()
 
-    # Image rand[n] is read at points_b[n]. All negatives are sampled at once and permuted then, which spares
-    # copies of the maps: image m is read at the points of the image that it is the negative of,
-    # points_b[rand^-1[m]].
-    rands = [derangement(N, device) for _ in range(n_negatives)]
-    points = torch.cat([points_b[rand.argsort()] for rand in rands], 1)  # (N, negatives p, p, 2)
-    f_rand = sample(features, points).split(n_points, 2)
-    s_rand = sample(codes, points).split(n_points, 2)
-    loss_rand = sum(correspondence_loss(f_a, f[rand], s_a, s[rand], shifts[2], **switches)[0].mean()
-                    for rand, f, s in zip(rands, f_rand, s_rand)) / n_negatives
+    def term(f_b, s_b, shift):
+        return correspondence_loss(f_a, f_b, s_a, s_b, shift, center, zero_clamp, stabilize)[0].mean()
 
+    loss_self = term(f_a, s_a, shifts[0])
+    loss_knn = term(sample(features_knn, points_b), sample(codes_knn, points_b), shifts[1])
+    loss_rand = 0
+    for _ in range(n_negatives):
+        rand = derangement(N, device)
+        at = points_b[rand.argsort()]  # image rand[n] is read at points_b[n]; maps are never copied
+        loss_rand += term(sample(features, at)[rand], sample(codes, at)[rand], shifts[2]) / n_negatives
     loss = lambdas[0] * loss_self + lambdas[1] * loss_knn + lambdas[2] * loss_rand
     return loss, {"self": loss_self, "knn": loss_knn, "rand": loss_rand}
 
@@ -327,8 +321,8 @@ def linkage(sums, sizes, n_groups, threshold=-1.0):
 
     The mean cosine of their members is the criterion of average linkage; the second factor, Ward's with an
     exponent of 1, keeps one group from swallowing all. Ends with n_groups, or at a mean cosine of no more
-    than the threshold. sums s: (m, C), of the vectors in each group; sizes: (m,). Returns the new group of
-    each, (m,).
+    than the threshold. sums s: (m, C), of the vectors in each group; sizes: (m,). Returns (m,), the group of
+    each.
     """
     sums, sizes = sums.double().clone(), sizes.double().clone()
     group, left = torch.arange(len(sums)), torch.ones(len(sums), dtype=torch.bool)
@@ -347,8 +341,7 @@ def linkage(sums, sizes, n_groups, threshold=-1.0):
 
 
 def same_class_rates(F_self, F_knn, F_rand, pi_rand):
-    """Shares of the self, the knn and the rand pairs of points that show the same class, from that of the
-    last.
+    """Shares of the self, knn and rand pairs of points that show one class, from that of the rand pairs.
 
     Ours, not the paper's. If F of pairs of different classes has the same distribution in an image, in
     neighbours and in random images, and pairs of one class hardly ever lie below m, the median of F_rand,
@@ -367,11 +360,9 @@ def same_class_rates(F_self, F_knn, F_rand, pi_rand):
 # ---- Probes, trained on detached codes: they read the codes and teach the head nothing ----
 
 class ClusterProbe(nn.Module):
-    """Cosine k-means by gradient descent: the paper's minibatch k-means (as the authors' code,
-    modules.py:134-161).
+    """Cosine k-means by gradient descent (as the authors' code, modules.py:134-161).
 
-    centroids: (n_clusters, code_dim). forward(codes (N, K, h, w)) -> cosine with each of them, (N,
-    n_clusters, h, w).
+    centroids: (n_clusters, code_dim). forward(codes (N, K, h, w)) -> cosines, (N, n_clusters, h, w).
     """
 
     def __init__(self, code_dim, n_clusters):
@@ -387,8 +378,7 @@ class ClusterProbe(nn.Module):
 
 
 def linear_probe_loss(logits, labels):
-    """Cross-entropy at the labels' resolution, without void. logits: (N, n, h, w); labels: (N, H, W)
-    uint8."""
+    """Cross-entropy at the size of the labels (N, H, W) uint8, without void. logits: (N, n, h, w)."""
     # Bilinear interpolation as two small matrix products, on a CPU one image at a time: three times faster
     # there than nnf.interpolate of the batch, and in less memory.
     rows, columns = (nnf.interpolate(torch.eye(n, device=logits.device)[None], size, mode="linear")[0].T
@@ -659,8 +649,7 @@ def load_backbone(name_or_path, device="cpu"):
 # ---- Checkpoints: one file that needs nothing else, the backbone and the settings included ----
 
 def save_checkpoint(path, model, config, **training):
-    """Writes model, config (a dict of plain values) and whatever training state a resumed run needs,
-    atomically."""
+    """Writes, whole, the model, config (a dict of plain values) and the training state to go on from."""
     content = io.BytesIO()  # on a full disk torch.save itself does not say what is wrong
     torch.save({"config": config, "model": model.state_dict(), "num_heads": model.backbone.num_heads,
                 "facet": model.facet, "dropout": model.head.dropout.p, "training": training}, content)

@@ -7,8 +7,7 @@
     python train.py --resume NAME --steps 4000                     # train it for longer
     torchrun --nproc_per_node=4 train.py ...                       # one run shared by four GPUs, or processes
 
-Everything goes into runs/<name>/. Features go into --cache-dir, where later runs with the same images find
-them.
+Everything goes into runs/<name>/, but for features: --cache-dir keeps them for later runs.
 """
 import argparse
 import functools
@@ -142,7 +141,7 @@ def draw_batch(step, neighbors, batch_size, seed):
 def main():
     args = parse_args()
     device, rank, world = evaluate.join_processes(args.device)
-    clock = {"start": time.perf_counter()}  # when each stage ended
+    started = time.perf_counter()
 
     # ---- data and model ----
     train, val = (data.load_collection(args.dataset, args.data_root, split, args.num_classes)
@@ -225,14 +224,7 @@ def main():
         torch.cuda.empty_cache()
         if features.maps.nbytes < torch.cuda.mem_get_info(device)[0] / 2:  # no step waits for disk or bus
             features = features._replace(maps=features.maps.to(device))
-    clock["features"] = time.perf_counter()
-    k = min(args.neighbors, n - 1)
-    if rank == 0:
-        data.cached_neighbors(features, k, device)
-    if world > 1:
-        dist.barrier()
-    neighbors = data.cached_neighbors(features, k, device)
-    clock["neighbours"] = time.perf_counter()
+    neighbors = data.cached_neighbors(features, min(args.neighbors, n - 1), device)
 
     # ---- shifts: the feature correspondence above which a pair attracts ----
     sample_pairs = functools.partial(evaluate.correspondences, features, neighbors, model.head, device,
@@ -256,7 +248,6 @@ def main():
     if train.has_labels:
         true = evaluate.percent(same[same >= 0] for _, _, same in pairs.values())
         print(f"shares of pairs of one class, by the labels: {true}")
-    clock["shifts"] = time.perf_counter()
 
     # ---- the loop: reads features, never images. Every random number is a function of seed and step ----
     def read(step):
@@ -312,7 +303,6 @@ def main():
             save(step + 1)
             saved_at = time.monotonic()
     model.eval()
-    clock["training"] = time.perf_counter()
 
     # ---- clusters from the finished codes, and from the raw features for comparison ----
     centroids = [None, None]
@@ -342,27 +332,23 @@ def main():
             args.commonest = evaluate.commonest_classes(features, views, clusters, n_clusters,
                                                         train.n_classes)
     save(max(first_step, args.steps))
-    clock["clusters"] = time.perf_counter()
 
     # ---- evaluation ----
     probes = {evaluate.RAW: raw, **evaluate.model_probes(model)}
     confusions, samples = evaluate.evaluate(model, val, eval_size, probes, args.crf, args.workers, rank,
                                             world)
-    clock["evaluation"] = time.perf_counter()
     if rank == 0:
-        seconds = {stage: round(end - start, 1)
-                   for (stage, end), start in zip(list(clock.items())[1:], clock.values())}
         legend = [f"cluster {k}" for k in range(n_clusters)], data.class_palette(n_clusters)
         names, colours = evaluate.report(
             folder, confusions, samples, val, probes, legend, args.commonest, warnings, config=vars(args),
-            health=health, shifts=shifts, attract=[share.mean().item() for share in attract], seconds=seconds)
+            health=health, shifts=shifts, attract=[share.mean().item() for share in attract])
         shares = evaluate.draw_clusters(folder / "clusters.png", train, views, clusters, names, colours, size,
                                         args.crop)
         evaluate.write_legend(folder / "clusters.json", names, colours, share=shares)
         if rows:  # of ten steps or more
             evaluate.draw_losses(folder / "losses.png", rows)
-        print("seconds: " + ", ".join(f"{stage} {value}" for stage, value in seconds.items()))
-        print(f"scores, pictures and checkpoint.pt are in {folder}")
+        seconds = time.perf_counter() - started
+        print(f"scores, pictures and checkpoint.pt are in {folder}, after {seconds:.0f} seconds")
 
 
 if __name__ == "__main__":
