@@ -2,19 +2,19 @@
 
 Hamilton, Zhang, Hariharan, Snavely and Freeman, ICLR 2022, arXiv:2203.08414. A frozen self-supervised ViT
 gives dense features, a small head turns them into compact codes, and the head is trained so that two points
-have similar codes where their features correspond. This file is the paper, in its order, then the reading and
-writing of models.
+have similar codes where their features correspond. This file follows the paper in its order; the reading and
+writing of models come last.
 
     paper              here                         meaning
     f, g               features_a, features_b       frozen features of two images, (N, D, h, w)
     s, t               codes_a, codes_b             codes, s = head(f), (N, K, h, w)
-    F, F^SC            F                            feature correspondence, and spatially centred
+    F, F^SC            F                            feature correspondence, plain and spatially centred
     S                  S                            code correspondence, the same cosine for codes
     L_corr             correspondence_loss          the loss of one pair of images
     x, x^knn, x^rand   self, knn, rand              the pairs (authors: pos_intra, pos_inter, neg_inter)
     lambda, b          lambdas, shifts              weight and shift of each of the three terms
 
-"As the authors' code" refers to github.com/mhamilton723/STEGO at commit eb4d6b5, below src/.
+"The authors' code" is github.com/mhamilton723/STEGO at commit eb4d6b5, and its paths start at src/.
 """
 import collections
 import contextlib
@@ -61,9 +61,9 @@ class Attention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021), half-split, of x (N, heads, T, d). cos, sin: (patches, d).
+    """Rotary positions (Su et al. 2021), half-split, for x (N, heads, T, d). cos, sin: (patches, d).
 
-    The last tokens are the patches; the class and register tokens before them pass as they are.
+    The patches are the last tokens; the class and register tokens before them pass unchanged.
     """
     others, patches = x.split((x.shape[2] - len(cos), len(cos)), dim=2)
     first, second = patches.float().chunk(2, dim=3)  # (N, heads, patches, d / 2)
@@ -115,9 +115,9 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """The ViT of DINO (Caron et al. 2021), DINOv2 (Oquab et al. 2023) and DINOv3 (Siméoni et al. 2025).
 
-    State-dict names are Meta's, with register_tokens for DINOv3's storage tokens, too. image_size: the side
-    in pixels of the position embedding, which is interpolated for others. registers: tokens beside the class
-    token. hidden_dim: of the MLPs, 4 embed_dim unless given. rotary: rotary positions, and no embedding.
+    State-dict names are Meta's, but DINOv3's storage tokens are register_tokens, too. image_size: the side
+    in pixels that fits the position embedding, which is interpolated for others. registers: tokens beside
+    the class token. hidden_dim: of the MLPs, 4 embed_dim by default. rotary: rotary positions, no embedding.
     """
 
     def __init__(self, patch_size, embed_dim, depth, num_heads, image_size=224, registers=0,
@@ -167,7 +167,7 @@ class VisionTransformer(nn.Module):
         return angles.cos(), angles.sin()
 
     def forward(self, images, facet="token"):
-        """Dense features of the last block: final-norm patch tokens, or ("key") its attention's keys.
+        """Dense features of the last block: its patch tokens after the final norm, or ("key") its keys.
 
         images: (N, 3, H, W), normalised with IMAGE_MEAN and IMAGE_STD of data.py, H and W multiples of the
         patch. Returns (N, D, H / patch, W / patch). Raises ValueError for other sizes or facets.
@@ -196,8 +196,8 @@ class VisionTransformer(nn.Module):
 class SegmentationHead(nn.Module):
     """Codes from features: a linear map plus a two-layer perceptron, both 1x1.
 
-    (N, in_dim, h, w) -> (N, code_dim, h, w). Each branch sees the features through channel dropout of its own
-    (as the authors' code, modules.py:109-111).
+    (N, in_dim, h, w) -> (N, code_dim, h, w). Each branch has its own channel dropout (as in the authors'
+    code, modules.py:109-111).
     """
 
     def __init__(self, in_dim, code_dim, dropout=0.1):
@@ -223,9 +223,9 @@ def sample(maps, points):
 
 
 def unit(maps):
-    """Vectors of length 1 along the channels, (N, C, h, w); shorter than 1e-10 they are divided by 1e-10.
+    """Scales maps (N, C, h, w) to length 1 along C; vectors shorter than 1e-10 are divided by 1e-10.
 
-    Written out because it is several times faster on a CPU than nnf.normalize along dimension 1.
+    Written out because nnf.normalize along dimension 1 is several times slower on a CPU.
     """
     return maps / maps.square().sum(1, keepdim=True).clamp(min=1e-20).sqrt()
 
@@ -242,21 +242,21 @@ def correlation(a, b):
 
 @torch.no_grad()
 def feature_correspondence(a, b, center=True):
-    """F, the cosines of features a (N, C, h, w) with b (N, C, i, j); with center centred spatially (Eq. 3),
+    """F, the cosines of features a (N, C, h, w) and b (N, C, i, j), spatially centred if `center` (Eq. 3):
 
         F <- F - mean_ij F + mean F
 
-    so that a point that corresponds to everything stands out as little as one that corresponds to nothing.
-    mean_ij is over the positions of b for one point of a, mean over the whole batch. Returns (N, h, w, i, j).
+    Then a point that corresponds to everything stands out as little as one that corresponds to nothing.
+    mean_ij runs over the positions in b for one point of a, mean over the batch. Returns (N, h, w, i, j).
     """
     F = correlation(a, b)
-    # differs from the paper: the global mean is put back, as the authors' code, modules.py:330-333.
+    # differs from the paper: the global mean is put back, as in the authors' code, modules.py:330-333.
     return F - F.mean((3, 4), keepdim=True) + F.mean() if center else F
 
 
 def correspondence_loss(features_a, features_b, codes_a, codes_b, shift,
                         center=True, zero_clamp=True, stabilize=False):
-    """L_corr, elementwise: codes of corresponding points are pulled together, of others pushed apart (Eq. 4).
+    """L_corr, elementwise: pulls the codes of corresponding points together, pushes others apart (Eq. 4).
 
         F = cos(f_a, f_b)    S = cos(s_a, s_b)    L = -max(S, 0) (F - shift)
 
@@ -264,7 +264,8 @@ def correspondence_loss(features_a, features_b, codes_a, codes_b, shift,
     are at right angles. center: F is centred, see feature_correspondence. zero_clamp=False: without the max.
     stabilize: S is also clamped from above at 0.8. No gradient flows to the features.
 
-    All inputs (N, C, h, w), of b (N, C, i, j), at the same points. Returns (L, S), both (N, h, w, i, j).
+    *_a: (N, C, h, w), features and codes of the same points; *_b: (N, C, i, j), likewise. Returns (L, S),
+    both (N, h, w, i, j).
     """
     F = feature_correspondence(features_a, features_b, center)
     S = correlation(codes_a, codes_b)
@@ -274,7 +275,7 @@ def correspondence_loss(features_a, features_b, codes_a, codes_b, shift,
 
 def derangement(n, device="cpu"):
     """A random permutation of 0..n-1 without fixed points, one cycle. Raises ValueError for n < 2."""
-    # differs from the authors' code, modules.py:291-295: theirs adds 1 to fixed points, and may repeat one.
+    # differs from the authors' code, modules.py:291-295: theirs adds 1 to fixed points and so repeats some.
     if n < 2:
         raise ValueError("negatives need at least two images in a batch")
     order = torch.randperm(n, device=device)
@@ -289,10 +290,10 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
 
         L = lambda_self L_corr(x, x) + lambda_knn L_corr(x, x^knn) + lambda_rand mean L_corr(x, x^rand)
 
-    features, codes: of the images x, (N, D, h, w) and (N, K, h, w); *_knn of one nearest neighbour each.
-    x^rand are other images of the batch, n_negatives for each. The terms share one set of n_points x n_points
-    uniformly random points of x, and a second one of x^knn and x^rand. lambdas, shifts: (self, knn, rand).
-    Returns (L, {"self", "knn", "rand"}), scalars.
+    features (N, D, h, w), codes (N, K, h, w): of the images x; *_knn: of one nearest neighbour each. x^rand:
+    n_negatives other images of the batch for each. All terms share one set of n_points x n_points uniformly
+    random points of x, and the last two share a second one, of x^knn and x^rand. lambdas, shifts: (self, knn,
+    rand). Returns (L, {"self", "knn", "rand"}), scalars.
     """
     N, device = len(features), features.device
     points_a, points_b = (2 * torch.rand(N, n_points, n_points, 2, device=device) - 1 for _ in range(2))
@@ -315,14 +316,14 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
 # ---- Shifts without tuning: as many pairs attract as seem to show the same class ----
 
 def linkage(sums, sizes, n_groups, threshold=-1.0):
-    """Merges, again and again, two of m groups of unit vectors: those of the smallest
+    """Merges m groups of unit vectors, always the two with the smallest
 
         (1 - s_i . s_j / (m_i m_j)) (m_i m_j / (m_i + m_j))^(1/16)
 
-    The mean cosine of their members is the criterion of average linkage; the second factor, Ward's with an
-    exponent of 1, keeps one group from swallowing all. Ends with n_groups, or at a mean cosine of no more
-    than the threshold. sums s: (m, C), of the vectors in each group; sizes: (m,). Returns (m,), the group of
-    each.
+    The first factor, from the mean cosine of their members, is average linkage; the second, which is Ward's
+    with an exponent of 1, keeps one group from swallowing all. Stops at n_groups, or when the mean cosine of
+    these two is not above the threshold. sums s: (m, C), of the vectors in each group; sizes: (m,). Returns
+    (m,), the new group of each.
     """
     sums, sizes = sums.double().clone(), sizes.double().clone()
     group, left = torch.arange(len(sums)), torch.ones(len(sums), dtype=torch.bool)
@@ -343,13 +344,12 @@ def linkage(sums, sizes, n_groups, threshold=-1.0):
 def same_class_rates(F_self, F_knn, F_rand, pi_rand):
     """Shares of the self, knn and rand pairs of points that show one class, from that of the rand pairs.
 
-    Ours, not the paper's. If F of pairs of different classes has the same distribution in an image, in
-    neighbours and in random images, and pairs of one class hardly ever lie below m, the median of F_rand,
-    then
+    Ours, not the paper's. If F of pairs of different classes is distributed alike in an image, in neighbours
+    and in random images, and F of pairs of one class hardly ever lies below m, the median of F_rand, then
 
         P(F_t <= m) / P(F_rand <= m) = (1 - pi_t) / (1 - pi_rand),    t = self, knn
 
-    F_self, F_knn, F_rand: of random pairs of points. Returns (pi_self, pi_knn, pi_rand), none below pi_rand.
+    F_self, F_knn, F_rand: at random pairs of points. Returns (pi_self, pi_knn, pi_rand), none below pi_rand.
     """
     m = F_rand.median()
     below = F_rand.le(m).float().mean()
@@ -360,7 +360,7 @@ def same_class_rates(F_self, F_knn, F_rand, pi_rand):
 # ---- Probes, trained on detached codes: they read the codes and teach the head nothing ----
 
 class ClusterProbe(nn.Module):
-    """Cosine k-means by gradient descent (as the authors' code, modules.py:134-161).
+    """Cosine k-means by gradient descent (as in the authors' code, modules.py:134-161).
 
     centroids: (n_clusters, code_dim). forward(codes (N, K, h, w)) -> cosines, (N, n_clusters, h, w).
     """
@@ -379,8 +379,8 @@ class ClusterProbe(nn.Module):
 
 def linear_probe_loss(logits, labels):
     """Cross-entropy at the size of the labels (N, H, W) uint8, without void. logits: (N, n, h, w)."""
-    # Bilinear interpolation as two small matrix products, on a CPU one image at a time: three times faster
-    # there than nnf.interpolate of the batch, and in less memory.
+    # Bilinear interpolation as two small matrix products; on a CPU one image at a time, which is three times
+    # faster there than nnf.interpolate of the batch and takes less memory.
     rows, columns = (nnf.interpolate(torch.eye(n, device=logits.device)[None], size, mode="linear")[0].T
                      for n, size in zip(logits.shape[2:], labels.shape[1:]))  # (H, h), (W, w)
     at_once = 1 if logits.device.type == "cpu" else len(logits)
@@ -392,10 +392,10 @@ def linear_probe_loss(logits, labels):
 class Stego(nn.Module):
     """Backbone, head and probes. forward(images (N, 3, H, W)) -> codes (N, K, H / patch, W / patch).
 
-    n_classes: classes of the labels that teach the linear probe, None without labels (linear_probe is then
-    None). refit_probe holds centroids that k-means found on the finished codes, None before training ends.
-    facet: which features the backbone gives, see VisionTransformer.forward. precision: of the backbone's
-    matrix products, a torch.dtype; head, probes and losses stay in float32.
+    n_classes: of the labels that teach the linear probe; without labels both are None. refit_probe: centroids
+    that k-means found on the finished codes, None before training ends. facet: which features the backbone
+    gives, see VisionTransformer.forward. precision: torch.dtype of the backbone's matrix products; head,
+    probes and losses stay in float32.
     """
 
     def __init__(self, backbone, code_dim, n_clusters, n_classes=None, dropout=0.1, facet="token",
@@ -423,13 +423,13 @@ class Stego(nn.Module):
 class InputError(ValueError):
     """A mistake in what the user gave: one sentence that names it and how to fix it."""
 
-    def __str__(self):  # on one line, whatever the name of a file holds
+    def __str__(self):  # on one line, whatever characters a file name holds
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Gives a temporary name to write to, and then renames it to `path`, which is never half-written."""
+    """Gives a temporary file name and then renames that file to `path`, which is so never half-written."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary
@@ -439,7 +439,7 @@ def replacing(path):
 
 
 class Record:
-    """Stands for an object of a foreign class: what was stored in it, and nothing that it could do."""
+    """Stands in for an object of a foreign class: holds what was stored in it, without its methods."""
 
     def __init__(self, *args):
         pass
@@ -450,7 +450,7 @@ class Record:
 
 
 def stand_in(name):
-    """What a foreign class or function is read as, whatever its name: nothing is looked up."""
+    """What a foreign class or function is read as. Its name is compared, but nothing is looked up by it."""
     if name == "collections.defaultdict":
         return lambda *_: {}
     if name.endswith(".AttributeDict"):  # Lightning's, a dict; so is a Counter, which torch.load can fill
@@ -480,12 +480,12 @@ def read_safetensors(path):
 
 
 def read_tensors(path):
-    """What torch.save or safetensors wrote, on the CPU, running no code of the file's. Raises InputError."""
+    """What torch.save or safetensors wrote, on the CPU; runs no code from the file. Raises InputError."""
     try:
         with open(path, "rb") as file:
-            if file.read(9)[8:] == b"{":  # of .safetensors: 8 bytes of length, then JSON
+            if file.read(9)[8:] == b"{":  # .safetensors: 8 bytes of length, then JSON
                 return read_safetensors(path)
-        # torch.load takes old files, which are no zip files, with tensors and plain data alone.
+        # Old files, which are not zip files, may hold only tensors and plain data: torch.load sees to it.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
         with torch.serialization.safe_globals([(stand_in(name), name) for name in names]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -493,13 +493,13 @@ def read_tensors(path):
         raise InputError(f"{path}: there is no such file") from error
     except Exception as error:  # bytes from anywhere lead to any kind of error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run the file as code
-            reason = "no tensors, or something beside tensors and plain values"
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise running the file as code
+            reason = "no tensors, or something besides tensors and plain values"
         raise InputError(f"{path}: not a readable file of weights ({reason:.200})") from error
 
 
 def check_weights(state, path):
-    """Raises InputError unless `state`, from this file, is str -> tensor of real numbers that it holds."""
+    """Raises InputError unless `state` is str -> tensor of real numbers, no larger than the file `path`."""
     if not isinstance(state, dict):
         raise InputError(f"{path}: not a state dict of tensors, but of type {type(state).__name__}")
     others = [str(key) for key, value in state.items() if not (
@@ -563,7 +563,7 @@ def meta_names(state):
         if f"{attn}q.weight" in named:
             named[f"{attn}qkv.weight"] = torch.cat([named.pop(f"{attn}{x}.weight") for x in "qkv"])
         D = len(named[f"{attn}qkv.weight"]) // 3
-        if "pos_embed" not in named or f"{attn}q.bias" in named:  # DINOv3 may lack those of keys, or all
+        if "pos_embed" not in named or f"{attn}q.bias" in named:  # DINOv3 may lack the keys' bias, or all
             biases = [named.pop(f"{attn}{x}.bias", torch.zeros(D)) for x in "qkv"]
             named.setdefault(f"{attn}qkv.bias", torch.cat(biases))
         if "pos_embed" not in named:
@@ -576,8 +576,8 @@ def meta_names(state):
 def vit_from_state_dict(state, num_heads=None):
     """A VisionTransformer that holds `state`, its architecture read off the names and shapes.
 
-    state: names -> tensors of a DINO, DINOv2 or DINOv3 ViT as Meta, timm or transformers call them. num_heads
-    defaults to D // 64, as in every published model. Raises InputError that names what does not fit.
+    state: name -> tensor of a DINO, DINOv2 or DINOv3 ViT, named as by Meta, timm or transformers. num_heads
+    defaults to D // 64, as in every published model. Raises an InputError that names what does not fit.
     """
     found = ", ".join(state)
     try:
@@ -587,7 +587,7 @@ def vit_from_state_dict(state, num_heads=None):
         rotary, swiglu = scaled and "pos_embed" not in state, "blocks.0.mlp.w1.weight" in state
         if rotary:
             state.setdefault("rope_embed.periods", rotary_periods(D // heads))
-        with torch.device("meta"):  # shapes alone, whatever they would take
+        with torch.device("meta"):  # shapes alone, which take no memory
             vit = VisionTransformer(
                 p, D, len({key.split(".")[1] for key in state if key.startswith("blocks.")}), heads,
                 image_size=p if rotary else p * math.isqrt(state["pos_embed"].shape[1] - 1),
@@ -615,7 +615,7 @@ def download(url):
             file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(file) as temporary:
                 torch.hub.download_url_to_file(url, temporary)
-                read_tensors(temporary)  # torch.hub takes a connection that broke off for the end of the file
+                read_tensors(temporary)  # torch.hub takes a broken connection for the end of the file
         except (OSError, http.client.HTTPException, InputError) as error:
             raise InputError(f"cannot download {url} ({error}); get these weights another way, and give the "
                              "file with --backbone FILE") from error
@@ -625,9 +625,9 @@ def download(url):
 def load_backbone(name_or_path, device="cpu"):
     """A frozen VisionTransformer in eval mode.
 
-    name_or_path: a name of BACKBONES, or an address (both are downloaded once, into torch.hub's folder); a
-    file of weights, see vit_from_state_dict, or of a training run, of which the teacher or the model is
-    taken; or a folder that holds model.safetensors. Raises InputError that says what does not fit.
+    name_or_path: a name in BACKBONES or an address, downloaded once into torch.hub's folder; a file of
+    weights (see vit_from_state_dict) or of a training run, whose teacher or model is taken; or a folder that
+    holds model.safetensors. Raises an InputError that says what does not fit.
     """
     file = str(BACKBONES.get(str(name_or_path), name_or_path))
     file = Path(download(file) if file.startswith(("https://", "http://")) else file)
@@ -649,7 +649,7 @@ def load_backbone(name_or_path, device="cpu"):
 # ---- Checkpoints: one file that needs nothing else, the backbone and the settings included ----
 
 def save_checkpoint(path, model, config, **training):
-    """Writes, whole, the model, config (a dict of plain values) and the training state to go on from."""
+    """Writes the model, config (a dict of plain values) and the training state, all or nothing."""
     content = io.BytesIO()  # on a full disk torch.save itself does not say what is wrong
     torch.save({"config": config, "model": model.state_dict(), "num_heads": model.backbone.num_heads,
                 "facet": model.facet, "dropout": model.head.dropout.p, "training": training}, content)
@@ -680,20 +680,17 @@ def plain(value):
 
 
 def from_authors(saved):
-    """What save_checkpoint would have written of a model that the authors' code trained.
-
-    saved: their Lightning checkpoint, of which what only training needs is left out.
-    """
+    """What save_checkpoint would write of a Lightning checkpoint of the authors', without training state."""
     state = {ours + key.removeprefix(theirs): value for key, value in saved["state_dict"].items()
              for theirs, ours in AUTHORS_WEIGHTS.items() if key.startswith(theirs)}
     settings = plain(saved["hyper_parameters"])["cfg"]
     config = {ours: settings[theirs] for ours, theirs in AUTHORS_SETTINGS.items() if theirs in settings}
     config.update(
-        data_root=None,  # theirs is a folder of the machine that it was trained on
+        data_root=None,  # theirs is a folder on the machine that trained it
         backbone=f"dino_vit{settings['model_type'].removeprefix('vit_')[0]}{settings['dino_patch_size']}",
         crop=config.get("crop") or "none", num_classes=len(state["linear_probe.weight"]),
         num_clusters=len(state["cluster_probe.centroids"]),
-        eval_resolution=320,  # as the authors' code, configs/eval_config.yml
+        eval_resolution=320,  # as in the authors' code, configs/eval_config.yml
         facet={"feat": "token", "KK": "key"}[settings["dino_feat_type"]])
     return {"config": config, "model": state, "facet": config["facet"], "dropout": 0.1, "num_heads": None}
 
@@ -701,7 +698,7 @@ def from_authors(saved):
 def load_checkpoint(path, device="cpu"):
     """(model in eval mode, config) from save_checkpoint's file, or from one of the authors' (.ckpt).
 
-    Theirs has all that evaluation needs, but no refit_probe. Raises InputError for any other file.
+    The authors' have all that evaluation needs, but no refit_probe. Raises InputError for any other file.
     """
     saved = read_tensors(path)
     try:
@@ -712,7 +709,7 @@ def load_checkpoint(path, device="cpu"):
         backbone = vit_from_state_dict({key.removeprefix("backbone."): value for key, value in state.items()
                                         if key.startswith("backbone.")}, saved["num_heads"])
         n_classes = len(state["linear_probe.weight"]) if "linear_probe.weight" in state else None
-        with torch.device("meta"):  # shapes alone, whatever they would take
+        with torch.device("meta"):  # shapes alone, which take no memory
             model = Stego(backbone, *state["cluster_probe.centroids"].shape[::-1], n_classes,
                           dropout=saved["dropout"], facet=saved["facet"])
             if "refit_probe.centroids" in state:
