@@ -279,9 +279,7 @@ def derangement(n, device="cpu"):
     if n < 2:
         raise ValueError("negatives need at least two images in a batch")
     order = torch.randperm(n, device=device)
-    partner = torch.empty_like(order)
-    partner[order] = order.roll(1)
-    return partner
+    return order.roll(1)[order.argsort()]  # to each number the one before it in `order`
 
 
 def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
