@@ -1,7 +1,7 @@
 """From files to frozen features: images, labels, data sets, what the network sees, the cache, neighbours.
 
 The backbone is frozen and a view of an image never changes, so every feature is computed once:
-`extract_features` fills a float16 memory map and training only reads it. One image has one view (centre crop)
+`extract_features` fills a float16 memory map and training only reads it. An image has one view (centre crop)
 or five (five-crop).
 """
 import collections
@@ -35,10 +35,10 @@ from assets import scenes
 from stego import VOID, InputError, replacing
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINO models expect
-RESIZE = TF.InterpolationMode.NEAREST  # images too, as the authors' code, utils.py:176-180
+RESIZE = TF.InterpolationMode.NEAREST  # for images, too, as in the authors' code, utils.py:176-180
 VIEWS = {"none": 1, "five": 5}  # crop -> views of an image
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-warnings.filterwarnings("ignore", module="PIL")  # of large photos; beyond 179 million pixels it refuses
+warnings.filterwarnings("ignore", module="PIL")  # about large photos; it refuses over 179 million pixels
 
 
 # ---- Threads: Pillow and NumPy work beside Python. Nothing is forked, as that can hang ----
@@ -56,7 +56,7 @@ def in_threads(function, items, workers, ahead=64):
 
 
 def progress(items, name, unit, total, initial=0, rank=0):
-    """tqdm's bar over items, of the first process: on a terminal a bar, in a log two lines a minute."""
+    """tqdm over items, in the first process alone: a bar on a terminal, two lines a minute in a log."""
     log = None if sys.stderr.isatty() else SimpleNamespace(
         flush=sys.stderr.flush, write=lambda text: sys.stderr.write(text.replace("\r", "\n")))
     return tqdm(items, name, total, unit=unit, initial=initial, disable=rank > 0, file=log,
@@ -66,12 +66,12 @@ def progress(items, name, unit, total, initial=0, rank=0):
 # ---- Images and labels ----
 
 def read_mat(path, key):
-    import scipy.io  # for Potsdam's files alone, so it is not among the requirements
+    import scipy.io  # only for Potsdam's files, so it is not among the requirements
     return scipy.io.loadmat(path)[key]
 
 
 def read_image(path):
-    """The image as RGB, upright (EXIF); of 16 bits the upper 8. Raises InputError naming the file."""
+    """The image as RGB, upright (EXIF), 16 bits cut to the upper 8. Raises InputError naming the file."""
     try:
         if Path(path).suffix == ".mat":  # Potsdam's are RGB and infrared, which the authors leave out
             return Image.fromarray(np.ascontiguousarray(read_mat(path, "img")[..., :3]))
@@ -106,7 +106,7 @@ class Collection:
     """Images that are files below `folder`, and labels of some or all of them.
 
     images: paths. labels: a path or None for each. names, palette ((n, 3) uint8): of the classes. classes:
-    the class of each id that a label file may hold, itself unless given; other ids are VOID.
+    the class of each id that a label file may hold, by default the id itself; other ids are VOID.
     """
 
     def __init__(self, folder, split, images, labels, names, classes=None, palette=None):
@@ -139,7 +139,7 @@ class Collection:
 
 
 def check_files(collections, workers, rank=0):
-    """Reads every image and label once, before hours go into them. Raises InputError that names all bad."""
+    """Reads every image and label once, before hours go into them. Raises InputError naming all bad ones."""
     def problem(item):
         collection, i = item
         try:
@@ -161,15 +161,15 @@ def check_files(collections, workers, rank=0):
 @functools.cache
 def class_palette(n):
     """Colours of n classes, (n, 3) uint8: always the same, all distinct, neither black (= void) nor white."""
-    # The first seven are the palette of Okabe and Ito; the next were picked to stay apart from them and from
-    # each other, by lightness where a colour-blind reader cannot tell the hues.
+    # The first seven are the palette of Okabe and Ito; the others were picked to differ from them and from
+    # one another, by lightness where a colour-blind reader cannot tell the hues apart.
     colours = [(0, 114, 178), (230, 159, 0), (0, 158, 115), (240, 228, 66), (204, 121, 167), (86, 180, 233),
                (213, 94, 0), (80, 0, 120), (235, 235, 180), (80, 40, 0), (120, 250, 250), (40, 80, 80),
                (150, 250, 120), (0, 0, 250), (235, 180, 180), (40, 40, 80), (210, 0, 180), (150, 150, 80),
                (150, 20, 40), (130, 130, 130)]
     grid = np.array(list(itertools.product(range(0, 256, 42), repeat=3)))
     apart = np.abs(grid[:, None] - [*colours, (0, 0, 0), (255, 255, 255)]).sum(2).min(1)
-    while len(colours) < n:  # then always the one that is farthest from all there are
+    while len(colours) < n:  # then always the one farthest from all so far
         colours.append(tuple(grid[apart.argmax()]))
         apart = np.minimum(apart, np.abs(grid - colours[-1]).sum(1))
     return np.array(colours[:n], np.uint8)
@@ -192,9 +192,8 @@ def files_below(folder):
 def directory(root, split, n_classes=None):
     """imgs/{train,val}/*, optional labels/{train,val}/*.png of equal stems and classes.txt; or only images.
 
-    n_classes defaults to the lines of classes.txt. Where there is no imgs/val, "val" is the training images
-    again; split None is every image below imgs, or below root where there is no imgs, without labels; root
-    may be a file.
+    n_classes defaults to the lines of classes.txt. Without imgs/val, "val" is the training images again.
+    Split None is every image below imgs, or below root without one, and no labels. root may be a file.
     """
     root = Path(root)
     if not root.exists():
@@ -228,7 +227,7 @@ class Layout(NamedTuple):
     """A published data set on disk. image, label: paths below its folder, with {split} and {id} in them."""
     image: str
     label: str
-    lists: dict  # split -> file of its ids, one a line; None: all images there are
+    lists: dict  # split -> file of its ids, one a line; None: every image in the folder
     names: tuple
     classes: tuple  # class of each id that a label file may hold; ids beyond them are void
     source: str
@@ -262,7 +261,7 @@ def coco_part(kept, list_name):
                          classes=tuple(kept.index(c) if c in kept else VOID for c in COCO27))
 
 
-CITYSCAPES = [c for c in Cityscapes.classes if c.id >= 7]  # 27 classes, the benchmark's 19 are a part of them
+CITYSCAPES = [c for c in Cityscapes.classes if c.id >= 7]  # 27 classes, including the benchmark's 19
 LAYOUTS = {
     "cocostuff27": COCO,
     "cocostuff15": coco_part(range(12, 27), "Coco164kFull_Stuff_Coarse_7.txt"),  # the stuff
@@ -277,13 +276,13 @@ LAYOUTS = {
         {"train": "labelled_train.txt",  # the authors train on the labelled part, data.py:129
          "val": "labelled_test.txt", "unlabelled_train": "unlabelled_train.txt"},
         ("roads and cars", "buildings and clutter", "trees and vegetation"), (0, 1, 2, 2, 0, 1),
-        "all is in the authors' potsdam.zip (src/download_datasets.py), which takes scipy to read"),
+        "all is in the authors' potsdam.zip (src/download_datasets.py); reading it takes scipy"),
 }
 DATASETS = ("directory", "scenes", *LAYOUTS)
 
 
 def published(dataset, root, split):
-    """A data set of LAYOUTS. root: its folder or the one above. Raises InputError for what is missing."""
+    """A data set of LAYOUTS. root: its folder or the one above. Raises InputError if anything is missing."""
     layout = LAYOUTS[dataset]
     if split not in layout.lists:
         raise InputError(f"--split {split}: {dataset} has {', '.join(layout.lists)}")
@@ -317,7 +316,7 @@ def published(dataset, root, split):
 class Scenes(Collection):
     """The embedded landscapes of assets/scenes.py, 128 x 128, drawn when asked for, with exact labels.
 
-    Splits: train; val, scored once at the end; dev, labelled too, for every choice that somebody makes.
+    Splits: train; val, scored once at the end; dev, labelled too, on which to make choices.
     """
 
     def __init__(self, split, n_images=None):
@@ -368,9 +367,10 @@ def square_view(image, size):
 
 
 def views(image, size, crop="none", which=None):
-    """Square views of a PIL image, (v, size, size) or (v, size, size, 3) uint8: the centre ("none"), or the
-    four corners and the centre of the image, half as high and wide, each resized and cropped on its own
-    ("five", as the authors' code, crop_datasets.py). which: only the view of this number.
+    """Square views of a PIL image, (v, size, size) or (v, size, size, 3) uint8.
+
+    crop: "none" for the centre; "five", as in the authors' crop_datasets.py, for the four corners and the
+    centre at half the height and width, each then resized and cropped by itself. which: this view alone.
     """
     parts = [image]
     if crop == "five":
@@ -385,13 +385,13 @@ def image_views(collection, i, size, crop="none", which=None):
 
 
 def label_views(collection, i, size, crop="none", which=None):
-    """Views of the label of image i, (v, size, size) uint8; where it has none, all VOID."""
+    """Views of the label of image i, (v, size, size) uint8, all VOID if it has none."""
     label = collection.label(i)
     label = np.full((2, 2), VOID, np.uint8) if label is None else label
     return views(Image.fromarray(label), size, crop, which)
 
 
-@functools.cache  # so that a GPU does not wait for these numbers more than once
+@functools.cache  # so that a GPU waits for these numbers only once
 def mean_and_std(device):
     return [torch.tensor(values, device=device).reshape(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD)]
 
@@ -405,7 +405,7 @@ def normalize(images):
 # ---- Every feature once ----
 
 class Live:
-    """Stands for a memory map that would not fit: its rows are computed whenever they are read."""
+    """Stands in for a memory map that would not fit: its rows are computed whenever they are read."""
 
     def __init__(self, shape, rows):
         self.shape, self.rows = shape, rows
@@ -418,7 +418,7 @@ class Live:
 
 
 class Features(NamedTuple):
-    """Frozen features of N views, v of each image; view n is number n % v of image n // v."""
+    """Frozen features of N views, v of each image: view n is view n % v of image n // v."""
     maps: torch.Tensor | Live  # (N, D, h, w), a float16 memory map or Live
     vectors: torch.Tensor  # (N, D), the mean feature of each view
     labels: torch.Tensor | Live | None  # (N, size, size) uint8, None where the collection has none
@@ -430,13 +430,13 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
     """Features of all views of size x size pixels, from the cache where it has them.
 
     The maps are kept if they take no more than cache_gb (10^9 bytes) and the disk has room; otherwise a map
-    is computed whenever it is read. All is written into `<cache_dir>/<key>.partial`, which is renamed once it
-    is whole; a killed extraction goes on where it stopped, and runs that fill the same cache write the same.
-    Of `world` processes each extracts every world-th image.
+    is computed whenever it is read. All is written into `<cache_dir>/<key>.partial`, which is renamed once
+    complete: a killed extraction goes on where it stopped, and runs that fill one cache write equal bytes.
+    Each of `world` processes extracts every world-th image.
     """
     device, v = next(model.head.parameters()).device, VIEWS[crop]
     n, D, side = len(collection) * v, model.backbone.embed_dim, size // model.backbone.patch_size
-    # Maps lie channels last: as the ViT gives them, and several times faster to sample.
+    # Maps lie channels last, as the ViT gives them; so they are several times faster to sample.
     arrays = {"vectors": ((n, D), np.float32), "maps": ((n, side, side, D), np.float16)}
     if collection.has_labels:
         arrays["labels"] = ((n, size, size), np.uint8)
@@ -461,7 +461,7 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
         fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, world)
     if world > 1:
         dist.barrier()
-    with contextlib.suppress(OSError):  # it has its name already, or another process is faster
+    with contextlib.suppress(OSError):  # it has its name already, or another process was faster
         os.rename(f"{folder}.partial", folder)
     found = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in arrays}
     if not live:
