@@ -5,9 +5,9 @@
     python train.py --preset cocostuff27-vits8 --data-root FOLDER  # the paper's data and settings
     python train.py --resume NAME                                  # go on with runs/NAME, which was stopped
     python train.py --resume NAME --steps 4000                     # train it for longer
-    torchrun --nproc_per_node=4 train.py ...                       # one run shared by four GPUs, or processes
+    torchrun --nproc_per_node=4 train.py ...                       # one run shared by four GPUs or processes
 
-Everything goes into runs/<name>/, but for features: --cache-dir keeps them for later runs.
+Everything goes into runs/<name>/ except the features, which --cache-dir keeps for later runs.
 """
 import argparse
 import functools
@@ -27,8 +27,8 @@ import evaluate
 import stego
 from stego import InputError
 
-# The settings of the paper's results, checked against the authors' configuration file and those in their
-# checkpoints. "scenes" is the embedded default, ours.
+# The settings of the paper's results, checked against the authors' configuration file and their checkpoints.
+# "scenes" is ours, the embedded default.
 PRESETS = {
     "scenes": {
         "dataset": "scenes", "backbone": "vit_tiny_scenes", "resolution": 128, "eval_resolution": 128,
@@ -48,13 +48,13 @@ PRESETS = {
         "b_rand": 0.31361241889448443},
     "potsdam-vits8": {
         "dataset": "potsdam", "backbone": "dino_vits8_300ep", "code_dim": 70, "batch_size": 16, "steps": 5000,
-         "center": True, "lambda_self": 0.67, "lambda_knn": 0.25, "lambda_rand": 0.63,
+        "center": True, "lambda_self": 0.67, "lambda_knn": 0.25, "lambda_rand": 0.63,
         "b_self": 0.08, "b_knn": 0.02, "b_rand": 0.76},
 }
 
 
 def parse_args():
-    """The settings: what is typed goes over the run to be resumed or the preset, and that over defaults."""
+    """The settings: what is typed overrides the resumed run or the preset, which overrides the defaults."""
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
@@ -65,9 +65,9 @@ def parse_args():
     add("--name", help="results go into runs/<name>; the data set's name and a number if not given")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=data.DATASETS, help="if not given: a directory, without --data-root scenes")
+    add("--dataset", choices=data.DATASETS, help="if not given: directory, or scenes without --data-root")
     add("--data-root", help="where the images are: imgs/{train,val}, or just images; see README.md")
-    add("--num-classes", type=int, help="of a directory without classes.txt: kinds of things to tell apart")
+    add("--num-classes", type=int, help="kinds of things to tell apart, in a directory without classes.txt")
     add("--resolution", type=int, default=224, help="side of the training views in pixels")
     add("--eval-resolution", type=int, default=320, help="side of the evaluated views in pixels")
     add("--crop", choices=data.VIEWS, default="none",
@@ -88,10 +88,10 @@ def parse_args():
     add("--lambda-rand", type=float, default=0.9058762625226623, help="weight of pairs with random images")
     shift = {"type": lambda text: text if text == "auto" else float(text), "default": "auto"}
     add("--b-self", **shift, help="shift of pairs with the image itself: they attract where F is larger")
-    add("--b-knn", **shift, help="raise shifts if the codes collapse, lower them if they scatter")
-    add("--b-rand", **shift, help="auto: from the features alone")
+    add("--b-knn", **shift, help="of pairs with a neighbour; codes collapse at low shifts and scatter at high")
+    add("--b-rand", **shift, help="of pairs with random images; auto: each from the features alone")
     add("--same-class", type=float, nargs=3, metavar=("SELF", "KNN", "RAND"),
-        help="in place of shifts: the shares of these pairs that show one class, and so attract")
+        help="instead of shifts: the shares of these pairs that show one class and so attract")
     add("--center", action=switch, default=False, help="centre F spatially")
     add("--zero-clamp", action=switch, default=True, help="clamp S at zero")
     add("--stabilize", action=switch, default=False, help="clamp S at 0.8 from above, too")
@@ -125,10 +125,10 @@ def parse_args():
 
 
 def draw_batch(step, neighbors, batch_size, seed):
-    """The views of one step, and for each one of its nearest neighbours: indices (batch_size,), twice.
+    """The views of one step, and one of the k nearest neighbours of each: indices (batch_size,), twice.
 
-    Epoch after epoch, each a fresh permutation that drops what fills no batch. A function of seed and step
-    alone, so that a resumed run needs no stored sampler. neighbors: (N, k).
+    Each epoch is a fresh permutation without its last, incomplete batch. All is a function of seed and step,
+    so that a resumed run needs no stored sampler. neighbors: (N, k).
     """
     n, k = neighbors.shape
     epoch, position = divmod(step, n // batch_size)
@@ -147,7 +147,7 @@ def main():
     train, val = (data.load_collection(args.dataset, args.data_root, split, args.num_classes)
                   for split in ("train", "val"))
     args.num_classes, args.num_clusters = train.n_classes, args.num_clusters or train.n_classes
-    args.commonest = None  # class of each cluster, in the end
+    args.commonest = None  # the class of each cluster, known at the end
     precision = evaluate.choose_precision(args.precision, device)
     args.precision = str(precision).removeprefix("torch.")  # a resumed run keeps it, wherever it goes on
     backbone = stego.load_backbone(args.backbone, device)
@@ -192,17 +192,17 @@ def main():
         model.load_state_dict({key: value for key, value in state.items() if "refit_probe" not in key})
         optimizer.load_state_dict({**optimizer.state_dict(), "state": training["optimizer"]["state"]})
         first_step, rows = training["step"], training["rows"]
-        for left in folder.glob("*.tmp") if rank == 0 else ():  # by a process that was killed while it wrote
+        for left in folder.glob("*.tmp") if rank == 0 else ():  # by a process killed while writing
             left.unlink()
         print(f"resumed at step {first_step}")
     elif rank == 0 and checkpoint.exists():
         raise InputError(f"{folder} holds a run: go on with it by --resume {name[0]}, or give another --name")
 
     def save(step):
-        """The checkpoint and the log, unless the weights are no good to go on with."""
+        """Writes the checkpoint and the log. Raises InputError if the weights are not finite."""
         if not all(torch.isfinite(parameter).all() for parameter in trained):
-            raise InputError(f"step {step}: the weights are not finite; lower --lr or --probe-lr (the "
-                             "checkpoint before is kept)")
+            raise InputError(f"step {step}: the weights are not finite; lower --lr or --probe-lr (the last "
+                             "checkpoint is kept)")
         if rank == 0:
             state = optimizer.state_dict()
             stego.save_checkpoint(checkpoint, model, vars(args), step=step, rows=rows, optimizer=state)
@@ -252,7 +252,7 @@ def main():
     # ---- the loop: reads features, never images. Every random number is a function of seed and step ----
     def read(step):
         """x and x^knn (N, D, h, w) and the labels of x (N, H, W), if any: this process's share of a batch."""
-        if isinstance(features.maps, torch.Tensor):  # a read map needs no more, and would disturb the step
+        if isinstance(features.maps, torch.Tensor):  # reading needs no more, and more would disturb the step
             torch.set_num_threads(1)  # of this thread
         batch, batch_knn = draw_batch(step, neighbors, args.batch_size, args.seed)
         batch, batch_knn = batch[rank::world], batch_knn[rank::world]
@@ -271,16 +271,13 @@ def main():
         x, x_knn = x.float(), x_knn.float()
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
 
-        # correspondences: self, knn and rand; as the authors' code, modules.py:115-116, the loss compares
-        # features that went through the dropout, too
+        # as in the authors' code, modules.py:115-116, the features that the loss compares get dropout, too
         codes, codes_knn = model.head(x), model.head(x_knn)
         loss, terms = stego.stego_loss(model.head.dropout(x), model.head.dropout(x_knn), codes, codes_knn,
                                        lambdas, shifts, args.center, args.zero_clamp, args.stabilize)
-        # cluster probe
         codes = codes.detach()  # the probes teach the head nothing
         terms["cluster"] = model.cluster_probe.loss(codes)
         loss = loss + terms["cluster"]
-        # linear probe
         if model.linear_probe:
             terms["linear"] = stego.linear_probe_loss(model.linear_probe(codes), labels)
             loss = loss + terms["linear"]
@@ -327,7 +324,7 @@ def main():
         print("health: " + ", ".join(f"{quantity} {value:.2f}" for quantity, value in health.items()))
         n_clusters = len(centroids[1])
         if n_clusters < args.num_clusters:
-            print(f"{n_clusters} clusters are left of {args.num_clusters}, as the others nearly coincided")
+            print(f"{n_clusters} of {args.num_clusters} clusters are left, as the others nearly coincided")
         if train.has_labels:
             args.commonest = evaluate.commonest_classes(features, views, clusters, n_clusters,
                                                         train.n_classes)
