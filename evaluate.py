@@ -6,8 +6,8 @@
     python evaluate.py cocostuff27_vit_base_5.ckpt --data-root data   # the authors' released model
     python evaluate.py --compare runs/*                               # mean and spread over seeds
 
-Clusters carry no names: each is matched to one class by the Hungarian method on a single confusion matrix
-over the whole data set, and only then scored. The linear probe is read as it is.
+Clusters have no names: the Hungarian method matches each to one class, on a single confusion matrix over the
+whole data set, and only then are they scored. The linear probe names its classes itself.
 """
 import argparse
 import collections
@@ -36,11 +36,11 @@ import stego
 from crf import dense_crf
 from stego import VOID, ClusterProbe, InputError
 
-# Rows of the table: k-means on features and on the finished codes, and the probes trained beside the head.
+# Rows of the table: k-means on features and on finished codes, and the probes trained beside the head.
 RAW, REFIT, ONLINE, LINEAR = "k-means on features", "k-means on codes", "cluster probe", "linear probe"
 NEAREST = Image.Resampling.NEAREST  # keeps the colours of labels exact
 BY_TRAINING, BY_NAME = "by training labels", "as named"  # other readings of the predicted clusters
-CRF = " + CRF"  # behind the name of a row: its probabilities, sharpened
+CRF = " + CRF"  # after the name of a row: its probabilities, refined
 
 
 # ---- Scores: everything from one confusion matrix ----
@@ -48,8 +48,8 @@ CRF = " + CRF"  # behind the name of a row: its probabilities, sharpened
 def confusion_matrix(pred, label, n_clusters, n_classes):
     """counts[k, c] = pixels of class c that were given cluster k. (n_clusters, n_classes) int64.
 
-    pred, label: integer tensors of one shape. Pixels whose label is outside 0..n_classes-1 are void and left
-    out. Raises ValueError for different shapes or a prediction outside 0..n_clusters-1.
+    pred, label: integer tensors of one shape. Labels outside 0..n_classes-1 are void, their pixels left out.
+    Raises ValueError for different shapes or a prediction outside 0..n_clusters-1.
     """
     pred, label = torch.as_tensor(pred).long(), torch.as_tensor(label).long()
     if pred.shape != label.shape or ((pred < 0) | (pred >= n_clusters)).any():
@@ -62,8 +62,8 @@ def confusion_matrix(pred, label, n_clusters, n_classes):
 def hungarian(score):
     """The one-to-one matching of clusters to classes with the largest total score (Kuhn 1955).
 
-    score: (n_clusters, n_classes), finite. Returns (n_clusters,) int64: the class of each cluster, -1 where
-    there are more clusters than classes and this one is left over. Raises ValueError for other shapes or NaN.
+    score: (n_clusters, n_classes), finite. Returns (n_clusters,) int64: the class of each cluster, or -1 for
+    one left over because clusters outnumber classes. Raises ValueError for other shapes or values.
     """
     cost = -np.asarray(score, dtype=np.float64)
     if cost.ndim != 2 or not np.isfinite(cost).all():
@@ -95,16 +95,16 @@ def hungarian(score):
 
 
 def scores(confusion, assignment):
-    """Mean IoU and pixel accuracy in percent of clusters read as classes.
+    """Mean IoU and pixel accuracy, in percent, of clusters read as classes.
 
         IoU_c = tp_c / (tp_c + fp_c + fn_c)    accuracy = sum_c tp_c / all labelled pixels
 
     confusion: (n_clusters, n_classes) counts. assignment: (n_clusters,) class of each cluster, -1 for none.
-    Returns {"miou", "accuracy", "iou" per class}. A class that is neither in the labels nor predicted is NaN
-    and not in the mean; without any labelled pixel all are NaN.
+    Returns {"miou", "accuracy", "iou" per class}. A class neither labelled nor predicted is NaN and not in
+    the mean; without any labelled pixel all are NaN.
     """
-    # differs from the authors' code: pixels of an unmatched cluster are errors; theirs ignores those of
-    # clusters n_classes and above (utils.py:223).
+    # differs from the authors' code, utils.py:223: pixels of an unmatched cluster are errors; theirs ignores
+    # those of clusters n_classes and above.
     confusion, assignment = np.asarray(confusion), np.asarray(assignment)
     as_class = np.zeros((confusion.shape[1],) * 2)  # [predicted class, true class]
     np.add.at(as_class, assignment[assignment >= 0], confusion[assignment >= 0])
@@ -122,9 +122,9 @@ def scores(confusion, assignment):
 def kmeans(codes, n_clusters, restarts=20, seed=0, iterations=100):
     """Spherical k-means: unit centroids that maximise mean_n max_k cos(code_n, centroid_k).
 
-    codes: (N, C), any length. The best of some restarts, each of which begins with greedy k-means++ (Arthur,
-    Vassilvitskii 2007): most single runs on the embedded scenes are up to 10 points of mIoU worse, and show
-    it in the objective. Deterministic per seed. Returns (n_clusters, C). Raises ValueError for fewer codes
+    codes: (N, C) of any length. Keeps the best of several restarts from greedy k-means++ (Arthur and
+    Vassilvitskii 2007): on the embedded scenes most single runs are up to 10 points of mIoU worse, and their
+    objective shows it. Deterministic per seed. Returns (n_clusters, C). Raises ValueError for fewer codes
     than clusters.
     """
     if not 1 <= n_clusters <= len(codes) or restarts < 1:
@@ -163,7 +163,7 @@ def kmeans(codes, n_clusters, restarts=20, seed=0, iterations=100):
 
 @torch.no_grad()
 def sample_positions(maps, n_points=50_000, seed=0):
-    """About n_points vectors at random positions of random maps: what k-means is fitted on.
+    """About n_points vectors at random positions of random maps, on which k-means is fitted.
 
     maps: (N, D, h, w). Returns (n, D) float32.
     """
@@ -178,11 +178,11 @@ def sample_positions(maps, n_points=50_000, seed=0):
 
 
 def random_pair_rate(vectors, n_classes, seed=0):
-    """Share of pairs of random points that show one of n classes, sum_c share_c^2, from features (N, D).
+    """Share of pairs of random points that show the same of n classes, sum_c share_c^2, by features (N, D).
 
-    The classes are what linkage makes of 8n small clusters. It asks for the mean cosine of the pairs of
-    points in two groups, hardly for their sizes; Ward's method, or k-means with n clusters, would even out
-    the sizes, and so find the 1 / n that even classes have.
+    The classes are what linkage makes of 8n small clusters. It goes by the mean cosine of the pairs of points
+    in two groups and hardly by their sizes; Ward's method, or k-means with n clusters, would even out the
+    sizes and so find the 1 / n of even classes.
     """
     vectors = nnf.normalize(vectors.float().cpu(), dim=1)
     n_clusters = min(8 * n_classes, 120, len(vectors))
@@ -194,8 +194,10 @@ def random_pair_rate(vectors, n_classes, seed=0):
 
 
 def merge_near(centroids, threshold=0.9):
-    """Makes one of unit centroids (n, C) whose mean cosine is above the threshold: k-means splits a compact
-    cluster where it is asked for more clusters than there are."""
+    """Merges unit centroids (n, C) whose mean cosine is above the threshold.
+
+    K-means splits a compact cluster when asked for more clusters than there are.
+    """
     group = stego.linkage(centroids, torch.ones(len(centroids)), 1, threshold)
     return nnf.normalize(nnf.one_hot(group).float().T @ centroids, dim=1)
 
@@ -205,11 +207,11 @@ def merge_near(centroids, threshold=0.9):
 @torch.no_grad()
 def correspondences(features, neighbors, head, device, center=False, dropout=0.0, n_batches=10, batch_size=16,
                     n_points=11, seed=0):
-    """F, S and equality of class of the pairs of points that the three terms of the loss compare.
+    """F, S and equality of class for pairs of points like those that the three terms of the loss compare.
 
-    features, neighbors: of the training views. dropout: of the channels of the features that F is computed
-    from, as in training; it lowers F. Returns {"self", "knn", "rand"} -> (F, S, same), each flat; same is 1,
-    0, or -1 where a point is void or there are no labels.
+    features, neighbors: of the training views. dropout: of the feature channels that F is computed from, as
+    in training; it lowers F. Returns {"self", "knn", "rand"} -> (F, S, same), each flat; same is 1 or 0, or
+    -1 where a point is void or there are no labels.
     """
     generator, found = torch.Generator().manual_seed(seed), {"self": [], "knn": [], "rand": []}
     torch.manual_seed(seed)  # for the dropout
@@ -223,7 +225,7 @@ def correspondences(features, neighbors, head, device, center=False, dropout=0.0
             maps, at = features.maps[indices].to(device).float(), points.to(device)
             f_b, s_b = stego.sample(nnf.dropout2d(maps, dropout), at), stego.sample(head(maps), at)
             label_b = torch.full((len(images), 1, n_points, n_points), VOID)
-            if features.labels is not None:  # where -1 and 1 are not patch centres, but the image's edges
+            if features.labels is not None:  # there -1 and 1 are the image's edges, not patch centres
                 points = points * (1 - 1 / torch.tensor([maps.shape[3], maps.shape[2]]))
                 labels = features.labels[indices][:, None].float()  # (N, 1, H, W)
                 label_b = nnf.grid_sample(labels, points, mode="nearest", align_corners=False)
@@ -244,8 +246,8 @@ def percent(shares):
 def precision_recall(similarity, same, n_points=200):
     """(recall, precision, average precision) of "similar points have one class", at n_points ranks.
 
-    similarity: (N,). same: (N,) of 1, 0 and -1 for pairs to leave out. Average precision: sum over the
-    same-class pairs, ranked by falling similarity, of the precision down to each, divided by their number.
+    similarity: (N,). same: (N,) of 1 and 0, or -1 for pairs to leave out. Average precision is the mean, over
+    the same-class pairs, of the precision among all pairs that are at least as similar.
     """
     similarity, same = similarity[same >= 0], same[same >= 0]
     hit = same[similarity.argsort(descending=True)].double()
@@ -257,7 +259,7 @@ def precision_recall(similarity, same, n_points=200):
 
 @torch.no_grad()
 def survey(model, features, n_views=500):
-    """(views, clusters): evenly spaced training views (m,), and the predicted clusters there, (m, h, w)."""
+    """(views, clusters): evenly spaced training views (m,) and their predicted clusters (m, h, w)."""
     views = torch.linspace(0, len(features.maps) - 1, min(n_views, len(features.maps))).long()
     device = model.refit_probe.centroids.device
     clusters = [model.refit_probe(model.head(features.maps[part].to(device).float())).argmax(1).cpu()
@@ -266,7 +268,7 @@ def survey(model, features, n_views=500):
 
 
 def commonest_classes(features, views, clusters, n_clusters, n_classes):
-    """The class that most patch centres of each cluster have in the labels of a survey, (n_clusters,)."""
+    """The commonest label at the patch centres of each cluster in a survey, (n_clusters,)."""
     labels = features.labels[views]  # (m, size, size)
     patch = labels.shape[1] // clusters.shape[1]
     labels = labels[:, patch // 2::patch, patch // 2::patch]  # (m, h, w)
@@ -275,11 +277,11 @@ def commonest_classes(features, views, clusters, n_clusters, n_classes):
 
 @torch.no_grad()
 def diagnose(codes, probe, clusters):
-    """Health of trained codes (n, K), from unlabelled evidence alone, and a sentence for what is wrong.
+    """Health of trained codes (n, K), judged without labels, and a sentence for what is wrong.
 
     effective_rank: exp of the entropy of the codes' principal variances. compactness: mean cosine of a code
-    with its centroid of `probe`. largest_cluster: share of the largest one in clusters (m, h, w), of views,
-    and largest_in_view: the same of each view alone. Returns (dict, sentences).
+    with its centroid of `probe`. largest_cluster: share of the largest in clusters (m, h, w) of views.
+    largest_in_view: the same within a view, on average. Returns (dict, sentences).
     """
     variances = torch.linalg.svdvals(nnf.normalize(codes, dim=1).cpu()).square()
     share = (variances / variances.sum().clamp(min=1e-12)).clamp(min=1e-12)
@@ -290,7 +292,7 @@ def diagnose(codes, probe, clusters):
               "largest_in_view": in_view.amax(1).mean().item()}
     warnings = []
     if health["effective_rank"] < 1.5 or health["largest_cluster"] > 0.9:
-        warnings.append("the codes collapsed, nearly all look alike: raise the shifts (--b-self, --b-knn, "
+        warnings.append("the codes collapsed: nearly all look alike; raise the shifts (--b-self, --b-knn, "
                         "--b-rand), so that fewer pairs attract")
     elif health["largest_in_view"] > 0.9:
         warnings.append("nearly every image is one cluster: raise --b-self, so that less in it attracts")
@@ -303,18 +305,18 @@ def diagnose(codes, probe, clusters):
 # ---- From images to clusters ----
 
 def model_probes(model):
-    """Row of the table -> probe on the codes, for those that a model has."""
+    """Row of the table -> probe on the codes, for the probes that the model has."""
     probes = {REFIT: model.refit_probe, ONLINE: model.cluster_probe, LINEAR: model.linear_probe}
     return {row: probe for row, probe in probes.items() if probe is not None}
 
 
 def prediction_row(probes):
-    """The row whose clusters are the prediction: k-means on the finished codes, where that was done."""
+    """The row whose clusters are the prediction: k-means on the finished codes, if that was done."""
     return REFIT if REFIT in probes else ONLINE
 
 
 def refined_rows(probes, crf):
-    """The rows whose probabilities the CRF sharpens, if wanted: the prediction and the linear probe."""
+    """The rows whose probabilities the CRF refines, if wanted: the prediction and the linear probe."""
     return [row for row in (prediction_row(probes), LINEAR) if crf and row in probes]
 
 
@@ -325,7 +327,7 @@ def n_outputs(probe):
 
 @torch.no_grad()
 def flip_averaged(model, images):
-    """(features, codes) of normalised images (N, 3, H, W), averaged with those of the mirrored images."""
+    """(features, codes) of normalised images (N, 3, H, W), averaged with those of their mirror images."""
     features, mirrored = model.features(images), model.features(images.flip(3))
     codes = (model.head(features) + model.head(mirrored).flip(3)) / 2
     return (features + mirrored.flip(3)) / 2, codes
@@ -333,10 +335,10 @@ def flip_averaged(model, images):
 
 @torch.no_grad()
 def log_probabilities(probe, codes, size):
-    """Class log-probabilities at (H, W) = size of codes (N, K, h, w) that are upsampled: (N, n, H, W).
+    """Class log-probabilities (N, n, H, W) of codes (N, K, h, w) upsampled to size = (H, W).
 
-    Clusters: log-softmax of 2 x cosine, 2 as the authors' code (eval_segmentation.py:131). Linear probe: of
-    its logits, which may be upsampled in place of the codes, as both are linear.
+    Clusters: log-softmax of 2 x cosine (2 as in the authors' code, eval_segmentation.py:131). Linear probe:
+    of its logits, which are upsampled in place of the codes, as both steps are linear.
     """
     if isinstance(probe, ClusterProbe):
         return (2 * probe(nnf.interpolate(codes, size, mode="bilinear"))).log_softmax(1)
@@ -344,13 +346,12 @@ def log_probabilities(probe, codes, size):
 
 
 def crf_labels(image, predictions):
-    """argmax of dense_crf, (H, W) uint8, for each of some probabilities (n, H, W) of an image (H, W, 3)
-    uint8."""
+    """argmax of dense_crf, (H, W) uint8, of an image (H, W, 3) uint8 for each probabilities (n, H, W)."""
     return [dense_crf(image, probabilities).argmax(0).astype(np.uint8) for probabilities in predictions]
 
 
 def start_crf_process():
-    """In a new process of the pool: it ends with its parent, to which Ctrl-C is left, too."""
+    """Runs in each new process of the pool: leaves Ctrl-C to the parent and ends when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
@@ -359,13 +360,13 @@ def start_crf_process():
 def segment(model, collection, size, probes, crf=True, workers=2, rank=0, world=1, batch_size=8):
     """What each probe makes of each image: yields (image, label, clusters), all uint8.
 
-    image: (size, size, 3). label: (size, size). clusters: row -> (size, size), and row + CRF -> the same with
-    the CRF for refined_rows. The probe RAW is one of features, the others are of codes. Of `world` processes
-    each yields every world-th image.
+    image: (size, size, 3). label: (size, size). clusters: row -> (size, size), and for refined_rows also
+    row + CRF -> the same after the CRF. The probe RAW reads features, the others codes. Each of `world`
+    processes yields every world-th image.
     """
     device, mine = next(model.head.parameters()).device, range(rank, len(collection), world)
     refined, pool, threads = refined_rows(probes, crf), None, torch.get_num_threads()
-    if crf:  # spawned processes of one BLAS thread each: several would fight for the cores
+    if crf:  # spawned processes of one BLAS thread each, as more would fight for the cores
         os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
         pool = ProcessPoolExecutor(max(1, workers), get_context("spawn"), start_crf_process)
         torch.set_num_threads(max(1, threads // 2))
@@ -405,8 +406,8 @@ def segment(model, collection, size, probes, crf=True, workers=2, rank=0, world=
 def evaluate(model, collection, size, probes, crf=True, workers=2, rank=0, world=1, n_samples=5):
     """(confusions, samples): row -> confusion matrix over the collection, and some of what `segment` yields.
 
-    The confusion is with the labels or, without labels, with the predicted clusters. Of several processes all
-    return the same confusions, and evenly spaced samples of their own images.
+    The confusion is with the labels or, without labels, with the predicted clusters. All processes return the
+    same confusions, but evenly spaced samples of their own images.
     """
     n, samples, best = len(range(rank, len(collection), world)), [], prediction_row(probes)
     n_classes = collection.n_classes if collection.has_labels else n_outputs(probes[best])
@@ -432,8 +433,8 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
     """Prints the table; writes scores.json, panel.png and, with labels, confusion.png into `folder`.
 
     legend: (names, colours) of the predicted clusters. commonest: see commonest_classes. warnings and more
-    are stored. With labels the clusters are also read by their names, where those are names of classes, and
-    by commonest. Returns the legend that the matching gives.
+    are stored. With labels, clusters are also read by commonest and by their own names, where those are names
+    of classes. Returns the legend that the matching gives.
     """
     folder.mkdir(parents=True, exist_ok=True)
     labelled, best = collection.has_labels, prediction_row(probes)
@@ -441,7 +442,7 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
     assignments = {row: np.arange(len(confusion)) if row in as_they_are else hungarian(confusion)
                    for row, confusion in confusions.items()}
     given, (names, palette) = legend[0], (collection.names, collection.palette) if labelled else legend
-    extra = data.class_palette(300)[len(palette):]  # for clusters that no class was left for
+    extra = data.class_palette(300)[len(palette):]  # for clusters left over
     colours = {row: [palette[c] if c >= 0 else extra[k % len(extra)] for k, c in enumerate(assignment)]
                for row, assignment in assignments.items()}
     names_found = [names[c] if c >= 0 else f"cluster {k}" for k, c in enumerate(assignments[best])]
@@ -474,16 +475,13 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
     summary = {"data": str(collection.folder), "split": collection.split, "images": len(collection),
                "classes": collection.names, "prediction": best, "warnings": [*warnings],
                "results": results}
-    text = json.dumps({**summary, **more}, indent=1)  # JSON has no NaN; where one ends a line it is a number
+    text = json.dumps({**summary, **more}, indent=1)  # JSON has no NaN; one that ends a line is a number
     data.write_text(folder / "scores.json", re.sub(r"\bNaN(,?)$", r"null\1", text, flags=re.MULTILINE))
     return names_found, colours[best]
 
 
 def table(results, best=None):
-    """Scores as text, a line a row; of several runs their mean and standard deviation.
-
-    results: row -> the `scores` of each run.
-    """
+    """Scores as text, a line a row. results: row -> `scores` of each run; of several, mean ± deviation."""
     lines = [f"{'mIoU':>38}{'accuracy':>14}"]
     for row, runs in results.items():
         line = f"{row:24}"
@@ -496,12 +494,12 @@ def table(results, best=None):
 
 
 def compare(folders):
-    """Prints a table for each group of finished runs that differ in their seed alone: mean ± deviation."""
+    """Prints a table, mean ± deviation, for each group of finished runs that differ only in their seed."""
     varying = {"seed", "name", "resume", "preset", "device", "workers", "cache_dir", "cache_gb", "commonest"}
     groups = {}
     for folder in map(Path, folders):
         if not (folder / "scores.json").is_file():
-            print(f"{folder}: left out, there is no scores.json")
+            print(f"{folder}: left out, as it holds no scores.json")
             continue
         summary = json.loads((folder / "scores.json").read_text("utf-8"))
         settings = {key: value for key, value in summary["config"].items() if key not in varying}
@@ -527,7 +525,7 @@ def write_legend(path, names, colours, share=()):
 
 
 def read_legend(path, n_clusters):
-    """(names, colours) of the clusters, from clusters.json, which a person may edit; or their numbers."""
+    """(names, colours) of the clusters from clusters.json, which a person may edit, or else by number."""
     names, colours = [f"cluster {k}" for k in range(n_clusters)], data.class_palette(n_clusters).copy()
     try:
         for k, entry in json.loads(path.read_text("utf-8")).items() if path.is_file() else ():
@@ -542,7 +540,7 @@ def predict(model, probe, image, size, crf=True):
     """Clusters of one PIL image of any size, as (H, W) uint8 at its own size. model: in eval mode.
 
     The network sees the whole image, its shorter side resized to `size` and the longer to at most four times
-    that, both rounded to patches. CRF at that resolution, then the probabilities are upsampled.
+    that, both rounded to patches. The CRF works at that resolution; then the probabilities are upsampled.
     """
     image, patch = image.convert("RGB"), model.backbone.patch_size
     scale, device = size / min(image.size), next(model.head.parameters()).device
@@ -552,7 +550,7 @@ def predict(model, probe, image, size, crf=True):
     probabilities = log_probabilities(probe, codes, (h, w))[0].exp().cpu()  # (n_clusters, h, w)
     if crf:
         probabilities = torch.from_numpy(dense_crf(pixels.permute(1, 2, 0).numpy(), probabilities.numpy()))
-    # Class by class: a photo of 12 megapixels times all classes would be gigabytes.
+    # Class by class, as all classes of a photo of 12 megapixels would take gigabytes.
     full_size = image.height, image.width
     highest, ids = torch.full(full_size, -1.0), torch.zeros(full_size, dtype=torch.uint8)
     for k, probability in enumerate(probabilities):
@@ -563,12 +561,12 @@ def predict(model, probe, image, size, crf=True):
 
 
 def predict_folder(model, probe, folder, out, size, names, colours, crf=True):
-    """Segments every image below `folder` (or the one image that it is) into `out`.
+    """Segments every image below `folder`, or the one image it is, into `out`.
 
-    names, colours: of the clusters; those of one name are one class, in the colour of the first. For each
-    photo: a palette PNG of class ids, of the same stem and size, and <stem>_overlay.jpg. For all:
-    classes.json, the name and colour of each id, and panel.png. Photos that cannot be read raise one
-    InputError when the others are done.
+    names, colours: of the clusters; those of one name are one class, in the colour of the first. Writes for
+    each photo a palette PNG of class ids, of the same stem and size, and <stem>_overlay.jpg; for all,
+    classes.json (name and colour of each id) and panel.png. Photos that cannot be read raise one InputError
+    after the others are done.
     """
     photos, out = data.directory(folder, None, n_classes=1), Path(out)
     inside = out.resolve(), *(out.resolve().parents if Path(folder).is_dir() else ())
@@ -619,7 +617,7 @@ def paint(ids, palette):
 
 
 def draw_legend(legend, width, size=16):
-    """A picture of the names and colours in `legend`, in columns that fill `width`. size: of the text."""
+    """A picture of `legend`, name -> colour, in columns that fill `width`. size: of the text."""
     font, names = ImageFont.load_default(size), [name[:40] for name in legend]
     step_x, step_y = math.ceil(max(map(font.getlength, names))) + 3 * size, round(1.7 * size)
     per_line = max(1, (width + size) // step_x)  # the last one needs no gap
@@ -636,7 +634,7 @@ def draw_panel(path, columns, legend):
     """Save a grid of square images with column titles above and a legend of the classes below, as PNG.
 
     columns: list of (title, images), images a list of (S, S, 3) uint8 RGB arrays, one per row of the grid.
-    legend: name -> colour. Nearest neighbour brings the images to one size, so that label colours stay exact.
+    legend: name -> colour. Images are resized by nearest neighbour, so that label colours stay exact.
     """
     side, gap, pad, top = min(320, 1400 // len(columns)), 6, 20, 50
     width, bottom = len(columns) * (side + gap) - gap, top + len(columns[0][1]) * (side + gap) + gap
@@ -655,8 +653,8 @@ def draw_panel(path, columns, legend):
 def draw_confusion(path, confusion, row_names, names):
     """Save a confusion matrix as PNG, true classes down, predictions across, in percent of the true class.
 
-    confusion: (n_rows, n_classes) counts of pixels, drawn transposed, as is usual. row_names: of the rows,
-    clusters; names: of the classes. The line of a class that never occurs is grey.
+    confusion: (n_rows, n_classes) counts of pixels, drawn transposed, as is usual. row_names: of its rows,
+    the clusters; names: of the classes. The line of a class that never occurs is grey.
     """
     counts = np.asarray(confusion, float).T  # (n_classes, n_rows)
     total, cell, font = counts.sum(1, keepdims=True), 44, ImageFont.load_default(16)
@@ -684,8 +682,8 @@ def draw_confusion(path, confusion, row_names, names):
 def draw_curves(path, plots, x_label, marks=()):
     """Save line plots, up to three side by side, as PNG.
 
-    plots: title -> {name of line: (x, y)}, two equally long lists of numbers; every plot has the same names,
-    of one or two lines. marks: the shift of each plot, a black line.
+    plots: title -> {name of line: (x, y)}, two lists of numbers of one length; every plot has the same one or
+    two names. marks: the shift of each plot, drawn as a black line.
     """
     colours = (0, 114, 178), (213, 94, 0)  # Okabe and Ito's blue and vermilion
     wide, high, step_x, step_y, margin = 990, 570, 1290, 850, 240  # three times the final size: smooth lines
@@ -718,7 +716,7 @@ def draw_curves(path, plots, x_label, marks=()):
 
 
 def draw_clusters(path, collection, views, clusters, names, colours, size, crop, n_shown=6):
-    """Save for each cluster, the largest first, the views that show it most, the rest of them dimmed.
+    """Save, for each cluster, largest first, the views that show it most, with all but the cluster dimmed.
 
     views (m,), clusters (m, h, w): of a survey. Returns the share of each cluster.
     """
@@ -747,7 +745,7 @@ def draw_losses(path, rows):
 
 
 def draw_diagnostics(path, pairs, shifts):
-    """Save the distributions of F and S of each term's pairs (see correspondences), with its shift."""
+    """Save the distributions of F and S over each term's pairs (see correspondences) and its shift."""
     plots, cosines = {}, np.linspace(-0.9875, 0.9875, 80)
     for (term, (F, S, _)), shift in zip(pairs.items(), shifts):
         densities = (np.histogram(values.clamp(-1, 1), 80, (-1, 1), density=True)[0] for values in (F, S))
@@ -757,7 +755,7 @@ def draw_diagnostics(path, pairs, shifts):
 
 
 def draw_precision_recall(path, pairs):
-    """Save precision over recall of F and S as predictors of one class, and print average precisions."""
+    """Save precision over recall of F and S as predictors of one class; print their average precisions."""
     plots = {}
     for term, (F, S, same) in pairs.items():
         *f, average_f = precision_recall(F, same)
@@ -769,9 +767,9 @@ def draw_precision_recall(path, pairs):
 
 @torch.no_grad()
 def draw_heatmaps(path, model, collection, neighbors, size, crop, n_images=5):
-    """Save views and their nearest neighbours, dark where they do not correspond to the centre of the view.
+    """Save views and their nearest neighbours, dark where they do not correspond to the view's centre.
 
-    neighbors: (N, k) of the views of the collection. Of n_images evenly spaced views.
+    neighbors: (N, k) of the views of the collection. Shows n_images evenly spaced views.
     """
     device, v, rows = next(model.head.parameters()).device, len(neighbors) // len(collection), []
     for n in np.linspace(0, len(neighbors) - 1, min(n_images, len(neighbors))).round().astype(int).tolist():
@@ -797,17 +795,17 @@ def draw_heatmaps(path, model, collection, neighbors, size, crop, n_images=5):
 # ---- Command line ----
 
 def add_machine_options(add):
-    """Options of both scripts: of the machine, and of the CRF."""
+    """Options of both scripts, on the machine and the CRF."""
     add("--crf", action=argparse.BooleanOptionalAction, default=True, help="evaluate with the CRF, too")
-    add("--cache-dir", default="cache", help="where features are kept, which can be large")
-    add("--cache-gb", type=float, default=100, help="features of more gigabytes are computed at every step")
+    add("--cache-dir", default="cache", help="where features are kept; they can be large")
+    add("--cache-gb", type=float, default=100, help="features that take more GB are computed at every step")
     add("--device", default="auto", help="cuda, mps or cpu; auto: the first of them that works")
     add("--workers", type=int, default=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         help="threads that decode images, and processes that run CRFs")
 
 
 def gradient_of_sample(device):
-    """The gradient of one `stego.sample` of maps that lie channels last, as features do, on a device."""
+    """The gradient of a `stego.sample` on a device, of maps that lie channels last, as features do."""
     maps = torch.arange(24.0).reshape(1, 3, 4, 2).to(device).permute(0, 3, 1, 2).requires_grad_()
     points = torch.linspace(-1.2, 0.7, 8).reshape(1, 2, 2, 2).to(device)
     stego.sample(maps, points).square().sum().backward()
@@ -815,7 +813,7 @@ def gradient_of_sample(device):
 
 
 def choose_device(name, local_rank=None):
-    """The torch.device called `name`, or for "auto" the first of cuda, mps and cpu that computes right."""
+    """The torch.device called `name`; for "auto", the first of cuda, mps and cpu that computes correctly."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     for kind in [kind for kind in available if available[kind]] if name == "auto" else [name]:
         try:
@@ -826,7 +824,7 @@ def choose_device(name, local_rank=None):
             if not torch.allclose(gradient_of_sample(device), gradient_of_sample("cpu"), atol=1e-3):
                 raise RuntimeError("this version of PyTorch computes wrong gradients there")
             return device
-        except Exception as error:  # each device has its own
+        except Exception as error:  # each kind of device raises its own
             reason = str(error).splitlines()[0]
             if name != "auto":
                 raise InputError(f"--device {name}: not usable here ({reason})") from error
@@ -834,7 +832,7 @@ def choose_device(name, local_rank=None):
 
 
 def choose_precision(name, device):
-    """The torch.dtype called `name`; "auto" is bfloat16 where the hardware computes with it, else float32."""
+    """The torch.dtype called `name`; "auto" is bfloat16 where the hardware computes in it, else float32."""
     if name == "auto":
         cpuinfo, fast = Path("/proc/cpuinfo"), False
         if device.type == "cuda":
@@ -866,8 +864,8 @@ def join_processes(name):
 
 
 def run_main(main):
-    """main(), with what goes wrong as one sentence: exit status 2, or 130 after Ctrl-C."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be what a terminal cannot show
+    """Runs main(); what goes wrong becomes one sentence and exit status 2, or 130 after Ctrl-C."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may be unable to show some file names
     try:
         main()
     except KeyboardInterrupt:
@@ -894,13 +892,13 @@ def parse_args():
     parser.add_argument("run", nargs="?", help="the folder of a run, or a checkpoint, ours or the authors'")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--predict", metavar="PHOTOS", help="segment this image, or all below this folder, into --out")
-    add("--correspondences", action="store_true", help="draw what corresponds to a point (heatmaps.png) and, "
-        "with labels, how well that tells classes apart (precision_recall.png)")
+    add("--correspondences", action="store_true", help="draw what corresponds to a point (heatmaps.png) "
+        "and, with labels, how well that tells classes apart (precision_recall.png)")
     add("--compare", nargs="+", metavar="RUN", help="print the scores of runs, mean ± deviation over seeds")
     add = parser.add_argument
     add("--out", metavar="FOLDER", help="where results go; eval-<split> beside the checkpoint if not given")
-    add("--split", default="val", help="val (default), train; dev of the scenes; unlabelled_train of potsdam")
-    add("--dataset", choices=data.DATASETS, help="this and the next four: as in training if not given")
+    add("--split", default="val", help="val (default), train; scenes: also dev; potsdam: also unlabelled_train")
+    add("--dataset", choices=data.DATASETS, help="this and the next four are as in training if not given")
     add("--data-root")
     add("--num-classes", type=int)
     add("--eval-resolution", type=int)
@@ -939,7 +937,7 @@ def main():
     split = "train" if args.correspondences else args.split
     collection = data.load_collection(args.dataset or config["dataset"], data_root, split, n_classes)
     data.check_files([collection], args.workers, rank)
-    folder = path.with_suffix("") if path.suffix == ".ckpt" else path.parent  # the authors' lie side by side
+    folder = path.with_suffix("") if path.suffix == ".ckpt" else path.parent  # the authors' share one folder
     out = Path(args.out or folder / f"eval-{split}")
     if args.correspondences:
         view_size, crop = data.round_to_patch(config["resolution"], patch), config["crop"]
@@ -956,7 +954,7 @@ def main():
         return
 
     if LINEAR in probes and n_outputs(probes[LINEAR]) != collection.n_classes:
-        print("the linear probe is left out: it was taught other classes than those of these images")
+        print("the linear probe is left out: it was taught other classes than these images have")
         del probes[LINEAR]
     print(f"{len(collection)} images of {collection.folder}, split {collection.split}, at {size} pixels")
     confusions, samples = evaluate(model, collection, size, probes, args.crf, args.workers, rank, world)
