@@ -897,7 +897,7 @@ def parse_args():
     add("--compare", nargs="+", metavar="RUN", help="print the scores of runs, mean ± deviation over seeds")
     add = parser.add_argument
     add("--out", metavar="FOLDER", help="where results go; eval-<split> beside the checkpoint if not given")
-    add("--split", default="val", help="val (default), train; scenes: also dev; potsdam: also unlabelled_train")
+    add("--split", default="val", help="val (default), train; dev for scenes, unlabelled_train for potsdam")
     add("--dataset", choices=data.DATASETS, help="this and the next four are as in training if not given")
     add("--data-root")
     add("--num-classes", type=int)

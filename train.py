@@ -88,7 +88,7 @@ def parse_args():
     add("--lambda-rand", type=float, default=0.9058762625226623, help="weight of pairs with random images")
     shift = {"type": lambda text: text if text == "auto" else float(text), "default": "auto"}
     add("--b-self", **shift, help="shift of pairs with the image itself: they attract where F is larger")
-    add("--b-knn", **shift, help="of pairs with a neighbour; low shifts collapse the codes, high scatter them")
+    add("--b-knn", **shift, help="of pairs with a neighbour; codes collapse if it is low, scatter if high")
     add("--b-rand", **shift, help="of pairs with random images; auto: each from the features alone")
     add("--same-class", type=float, nargs=3, metavar=("SELF", "KNN", "RAND"),
         help="instead of shifts: the shares of these pairs that show one class and so attract")
