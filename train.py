@@ -155,11 +155,8 @@ def main():
     model = stego.Stego(backbone, args.code_dim, args.num_clusters,
                         train.n_classes if train.has_labels else None, args.dropout, args.facet, precision)
     model = model.to(device).eval()
-    groups = [{"params": model.head.parameters(), "lr": args.lr},
-              {"params": model.cluster_probe.parameters(), "lr": args.probe_lr}]
-    if model.linear_probe:
-        groups.append({"params": model.linear_probe.parameters(), "lr": args.probe_lr})
-    optimizer = torch.optim.Adam(groups)
+    parts = (model.head, args.lr), (model.cluster_probe, args.probe_lr), (model.linear_probe, args.probe_lr)
+    optimizer = torch.optim.Adam([{"params": part.parameters(), "lr": lr} for part, lr in parts if part])
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     size, eval_size = (data.round_to_patch(side, model.backbone.patch_size)
                        for side in (args.resolution, args.eval_resolution))
