@@ -58,8 +58,7 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
         kernels.append(_kernel(height, width, bilateral_weight, bilateral_xy_std, image.tobytes(),
                                bilateral_rgb_std))
 
-    log_probs = probs.reshape(n_classes, -1).T.astype(np.float32, order="C")  # (P, C)
-    log_probs = np.log(log_probs.clip(1e-5, 1))
+    log_probs = np.log(probs.reshape(n_classes, -1).T.astype(np.float32, order="C").clip(1e-5, 1))  # (P, C)
     q = np.empty_like(log_probs)
     _update(q, log_probs, [])
     for _ in range(iterations):

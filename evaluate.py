@@ -441,14 +441,14 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
     as_they_are = (LINEAR, LINEAR + CRF) if labelled else (best,)
     assignments = {row: np.arange(len(confusion)) if row in as_they_are else hungarian(confusion)
                    for row, confusion in confusions.items()}
-    given, (names, palette) = legend[0], (collection.names, collection.palette) if labelled else legend
+    names, palette = (collection.names, collection.palette) if labelled else legend
     extra = data.class_palette(300)[len(palette):]  # for clusters left over
     colours = {row: [palette[c] if c >= 0 else extra[k % len(extra)] for k, c in enumerate(assignment)]
                for row, assignment in assignments.items()}
     names_found = [names[c] if c >= 0 else f"cluster {k}" for k, c in enumerate(assignments[best])]
     results = {}
     if labelled:
-        named = [collection.names.index(name) if name in collection.names else -1 for name in given]
+        named = [names.index(name) if name in names else -1 for name in legend[0]]
         readings = [(row, confusions[row], assignment.tolist()) for row, assignment in assignments.items()]
         if commonest:
             readings.append((BY_TRAINING, confusions[best], commonest))
@@ -739,8 +739,8 @@ def draw_clusters(path, collection, views, clusters, names, colours, size, crop,
 
 def draw_losses(path, rows):
     """Save the losses of log.jsonl as curves."""
-    names, *values = rows[0], *zip(*(row.values() for row in rows))
-    plots = {name: {"loss": (values[0], losses)} for name, losses in zip(names, values) if name != "step"}
+    steps = [row["step"] for row in rows]
+    plots = {name: {"loss": (steps, [row[name] for row in rows])} for name in rows[0] if name != "step"}
     draw_curves(path, plots, "step")
 
 
