@@ -19,7 +19,7 @@ This gives K up to a constant factor, which n cancels.
 NumPy is slow at irregular access, so values are rows of C classes, splat and slice multiply by small dense
 matrices, and the blur adds neighbouring rows. Results equal pydensecrf's up to rounding: the sum includes
 j = i, probs are clipped at 1e-5, and colours enter as BGR, since the order of features matters slightly.
-A call keeps one core busy: for many images run one process per core, each with one BLAS thread.
+A call keeps one core busy; for many images, run one process per core, each with one BLAS thread.
 """
 import functools
 
@@ -32,7 +32,7 @@ ROWS = 4096  # rows per NumPy call: enough to hide the cost of a call, few enoug
 
 def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
               bilateral_xy_std=67, bilateral_rgb_std=3, bilateral_weight=4):
-    """Refine class probabilities so that pixels agree that are close, or less close but of similar colour.
+    """Refine class probabilities so that close pixels agree, and so do less close ones of similar colour.
 
         Q <- softmax(log probs + gaussian_weight * K_g Q + bilateral_weight * K_b Q),  K normalised to n k n
 
@@ -40,7 +40,7 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
     bilateral_xy_std in pixels, bilateral_rgb_std in grey levels 0..255. A kernel of weight 0 costs nothing.
     Returns Q after `iterations` updates, (C, H, W) float32 that sum to 1 over C.
     Raises ValueError for a wrong shape or dtype, for probs that are not finite and for a standard deviation
-    too small to number the cells of its lattice. That it is positive, and weights not negative, is assumed.
+    too small to number the cells of its lattice. It must be positive and weights not negative, unchecked.
     """
     image, probs = np.asarray(image), np.asarray(probs)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -74,13 +74,13 @@ def _update(q, log_probs, kernels):
         total = log_probs[chunk]
         for kernel, message in zip(kernels, messages):
             total = total + message.take(kernel.row_of_pixel[chunk], axis=0)
-        if total.max() > 80:  # exp would overflow. It cannot underflow, as total is at least log 1e-5.
+        if total.max() > 80:  # exp would overflow; it cannot underflow, as total is at least log 1e-5
             total = total - total.max(axis=1, keepdims=True)
         exp = np.exp(total, out=q[chunk])
         exp /= (exp @ np.ones(q.shape[1], np.float32))[:, None]
 
 
-@functools.lru_cache(maxsize=2)  # Images of one size follow each other, and probabilities of one image.
+@functools.lru_cache(maxsize=2)  # as images of one size often follow each other, and so do probs of one image
 def _kernel(height, width, weight, xy_std, pixels=None, rgb_std=None):
     features = np.mgrid[:height, :width][::-1].reshape(2, -1).astype(np.float32)  # (2, P): x, y
     features /= np.float32(xy_std)
@@ -88,19 +88,20 @@ def _kernel(height, width, weight, xy_std, pixels=None, rgb_std=None):
         colours = np.frombuffer(pixels, np.uint8).reshape(-1, 3).T[::-1]  # (3, P): blue, green, red
         return _LatticeKernel(np.vstack([features, colours / np.float32(rgb_std)]), weight)
     kernel = _LatticeKernel(features, weight)
-    # A pixel reaches less than a simplex, two steps of the blur and a simplex, each of side std.
-    return _StencilKernel(kernel, height, width, reach=int(np.ceil(4 * xy_std)) - 1) if xy_std <= 1 else kernel
+    # Splat and slice each reach less than one simplex and the blur two, all of side xy_std.
+    reach = int(np.ceil(4 * xy_std)) - 1
+    return _StencilKernel(kernel, height, width, reach) if xy_std <= 1 else kernel
 
 
 def _lattice(features):
     """The lattice around P points with features (d, P) float32, in standard deviations.
 
-    Returns an order of the points that keeps near simplices together; in this order the vertices of each
-    point and their barycentric weights, (P, d + 1) each; the key of each vertex, ascending, its coordinates
-    packed to one number; and how much the keys of neighbours differ along each of the d + 1 axes.
+    Returns an order of the points that keeps near simplices together; in this order, the vertices of each
+    point and their barycentric weights, (P, d + 1) each; the ascending keys of the vertices, which pack their
+    coordinates into one number; and how much the keys of neighbours differ along each of the d + 1 axes.
     """
     # The lattice lies in the hyperplane of d + 1 coordinates with sum 0, scaled for a filter of variance 1.
-    # Precision and order are pydensecrf's, so that points near a face of a simplex fall on the same side.
+    # Precision and order of operations are pydensecrf's, so points near a face fall on the same side of it.
     d = len(features)
     axis = np.arange(1, d + 1)[:, None]
     scale = np.float32(np.sqrt(2 / 3) * (d + 1)) / np.sqrt(axis * (axis + 1))
@@ -109,8 +110,8 @@ def _lattice(features):
     elevated[1:] -= axis.astype(np.float32) * scaled
 
     # The origin of a simplex is its vertex whose coordinates are multiples of d + 1. Rank 0 is the coordinate
-    # in which a point is furthest ahead of it. Rounding leaves the hyperplane by sum(steps): the coordinates
-    # that were rounded furthest take it back.
+    # in which a point is furthest ahead of it. Rounding leaves the hyperplane by sum(steps), which the
+    # coordinates that were rounded furthest take back.
     steps = np.rint(elevated * np.float32(1 / (d + 1)))
     origin = steps * np.float32(d + 1)
     ahead = elevated - origin
@@ -123,14 +124,14 @@ def _lattice(features):
     weights = (descending - np.roll(descending, -1, axis=0))[::-1]
     weights[0] += 1
 
-    # Vertex k is the origin + k, less d + 1 in the k coordinates of the highest ranks. The last coordinate is
-    # implied by the others. The margin of extent lets a key step along any axis without a carry.
+    # Vertex k is the origin + k, less d + 1 in the k coordinates of the highest ranks. The others imply the
+    # last coordinate. The margin in `extent` lets a key step along any axis without a carry.
     origin, rank = origin[:d].astype(np.int64), rank[:d]
     origin -= origin.min(axis=1, keepdims=True)
     extent = origin.max(axis=1) + 4 * (d + 1)
     simplex = np.ravel_multi_index((*origin // (d + 1), *rank), (*extent // (d + 1), *[d + 1] * d))
     order = np.argsort(simplex)
-    is_new = np.diff(simplex[order], prepend=-1) != 0  # The points of a simplex share its vertices.
+    is_new = np.diff(simplex[order], prepend=-1) != 0  # the points of a simplex share its vertices
     origin, rank = origin[:, order[is_new]], rank[:, order[is_new]]
     radix = np.ravel_multi_index(np.eye(d, dtype=np.int64), extent)
     keys = np.stack([radix @ (origin + k - (d + 1) * (rank > d - k)) for k in range(d + 1)], axis=1)
@@ -143,8 +144,8 @@ def _lattice(features):
 def _batches(sizes):
     """Batch the segments of a sequence by size, longest first, each padded to the longest of its batch.
 
-    Yields for each batch: its segments; their slice among all segments in this order; the slice of their
-    padded items; and the index of these items in the sequence, (longest, segments), where -1 is padding.
+    Yields, for each batch, its segments, their slice among all segments in this order, the slice of their
+    padded items, and the index of these items in the sequence, (longest, segments), where -1 is padding.
     """
     first, order = np.cumsum(sizes) - sizes, np.argsort(-sizes, kind="stable")
     done = row = 0
@@ -167,7 +168,7 @@ class _LatticeKernel:
         weights[pixels >= n_pixels] = 0  # so that the added pixels do not count
 
         # Near pixels share vertices, so the weights of GROUP pixels for their vertices form a dense block.
-        # Index -1, here and below, is padding: it selects a last element that stands for no vertex.
+        # Here and below, index -1 is padding: it selects a last element that stands for no vertex.
         pixels, vertices = pixels.reshape(-1, GROUP), vertices.reshape(-1, GROUP * (d + 1))  # (groups, .)
         entry = np.argsort(vertices, axis=1)
         vertices = np.take_along_axis(vertices, entry, axis=1)
@@ -202,7 +203,7 @@ class _LatticeKernel:
             row_of_vertex[-1] = -1
             self.axes.append(lines)
 
-        # Slice: reads the rows of the last blur. As part of the blocks, n and sqrt(w) cost nothing per call.
+        # Slice: reads the rows of the last blur. Multiplied into the blocks, n and sqrt(w) cost nothing.
         for *_, columns, _ in self.blocks:
             columns[:] = row_of_vertex[columns]
         norm = self.filter(np.ones((n_pixels, 1), np.float32)) + np.float32(1e-20)
@@ -211,7 +212,7 @@ class _LatticeKernel:
             block *= norm[groups]
 
     def filter(self, q):
-        """The message of this kernel for q (P, C): that of pixel i is in row self.row_of_pixel[i]."""
+        """The message of this kernel for q (P, C): row self.row_of_pixel[i] is that of pixel i."""
         n_classes, n_rows = q.shape[1], max(lines[-1][0].stop for lines in self.axes)
         partial = np.empty((self.blocks[-1][1].stop + 1, n_classes), np.float32)
         vertices = np.empty((n_rows + 1, n_classes), np.float32)
@@ -229,7 +230,7 @@ class _LatticeKernel:
                 out[1:] += half[:-1]
                 out[:-1] += half[1:]
             vertices, blurred = blurred, vertices
-        del partial, blurred  # This leaves their memory to the message.
+        del partial, blurred  # leaves their memory to the message
         message = np.empty((self.blocks[-1][0].stop, GROUP, n_classes), np.float32)
         for groups, _, _, columns, block in self.blocks:  # slice
             np.matmul(block.swapaxes(1, 2), vertices.take(columns, axis=0), out=message[groups])
@@ -244,11 +245,11 @@ class _StencilKernel:
         y, x = np.divmod(np.arange(n_pixels), width)
         tile, cell = y // TILE * (x[-1] // TILE + 1) + x // TILE, y % TILE * TILE + x % TILE
         self.row_of_pixel = tile * GROUP + cell
-        # What a window has outside of the image is any pixel, as its weight is 0.
+        # Where a window leaves the image, any pixel will do, as its weight is 0.
         offsets = (np.arange(side)[:, None] - reach) * width + np.arange(side) - reach
         self.windows = (np.flatnonzero(cell == 0)[:, None] + offsets.ravel()).clip(0, n_pixels - 1)
         self.blocks = np.zeros((*self.windows.shape, GROUP), np.float32)
-        # Pixels of one class are too far apart to reach a common pixel, so one pass separates all senders.
+        # Senders with equal y and x modulo period reach no common pixel, so one pass separates all of them.
         received = kernel.filter(np.eye(period ** 2, dtype=np.float32)[y % period * period + x % period])
         for i, j in np.ndindex(period, period):
             sender = (y + i - reach) % period * period + (x + j - reach) % period
