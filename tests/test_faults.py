@@ -147,19 +147,6 @@ def test_processes_without_a_gpu_of_their_own_are_refused(device, gpus, monkeypa
         evaluate.join_processes(device)
 
 
-def test_copies_wait_but_on_cuda(workplace, monkeypatch):
-    """Elsewhere a copy that does not wait reads memory that is already another's (pytorch 189690)."""
-    to, waits = torch.Tensor.to, []
-
-    def noting_to(tensor, *arguments, **options):
-        waits.append(not options.get("non_blocking") and True not in arguments)
-        return to(tensor, *arguments, **options)
-
-    monkeypatch.setattr(torch.Tensor, "to", noting_to)
-    train_here(monkeypatch, *IMAGES, "--name", "t", "--steps", "2")
-    assert all(waits) and len(waits) > 12
-
-
 def test_the_scripts_run_where_there_is_no_fcntl_and_nothing_to_fork(workplace, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.delattr(signal, "pthread_sigmask")
