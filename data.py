@@ -152,7 +152,7 @@ def check_files(collections, workers, rank=0):
     items = [(collection, i) for collection in collections if not isinstance(collection, Scenes)
              for i in range(len(collection))]
     checks = progress(in_threads(problem, items, workers), "checking files", "image", len(items), rank=rank)
-    bad = list(dict.fromkeys(sentence for sentence in checks if sentence))  # val may be the training images
+    bad = [sentence for sentence in checks if sentence]
     if bad:
         more = f"; and {len(bad) - 10:,} more" if len(bad) > 10 else ""
         raise InputError(f"bad files ({len(bad):,}), to be fixed or removed: {'; '.join(bad[:10])}{more}")

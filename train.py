@@ -174,7 +174,7 @@ def main():
         raise InputError(f"--num-clusters {args.num_clusters} is more than {stego.VOID}, or than the patches "
                          "of all training views")
     if not args.resume:
-        data.check_files([train, val], args.workers, rank)
+        data.check_files([train] if val.split == "train" else [train, val], args.workers, rank)
 
     # ---- the run's folder ----
     free = next(i for i in itertools.count(1) if not Path("runs", f"{args.dataset}-{i}").exists())
