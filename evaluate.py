@@ -250,6 +250,8 @@ def precision_recall(similarity, same, n_points=200):
     the same-class pairs, of the precision among all pairs that are at least as similar.
     """
     similarity, same = similarity[same >= 0], same[same >= 0]
+    if not len(same):  # no pair has two labelled points
+        return [0, 1], [0, 0], math.nan
     hit = same[similarity.argsort(descending=True)].double()
     precision, recall = hit.cumsum(0) / torch.arange(1, len(hit) + 1), hit.cumsum(0) / hit.sum().clamp(min=1)
     average = (precision * hit).sum() / hit.sum().clamp(min=1)

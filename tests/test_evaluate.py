@@ -121,6 +121,8 @@ def test_precision_and_recall_equal_a_slow_loop():
     assert recall == pytest.approx([sum(ranked[:i + 1]) / sum(ranked) for i in range(40)])
     assert average == pytest.approx(np.mean([precision[i] for i in range(40) if ranked[i]]))
     assert evaluate.precision_recall(similarity, torch.zeros(40).char())[2] == 0
+    recall, found, average = evaluate.precision_recall(similarity, -torch.ones(40).char())  # nothing to rank
+    assert len(recall) == len(found) and np.isnan(average)
 
 
 def test_health_warns_of_collapsed_and_of_scattered_codes():
