@@ -58,6 +58,9 @@ def parse_args():
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
+    def shift(text):  # its name is in argparse's error message
+        return text if text == "auto" else float(text)
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--preset", choices=PRESETS, help="all settings of a published result, or of the scenes")
@@ -83,15 +86,14 @@ def parse_args():
     add("--num-clusters", type=int, help="clusters to find; as many as classes if not given")
 
     add = parser.add_argument_group("objective").add_argument  # weights as in the paper's Cityscapes model
-    add("--lambda-self", type=float, default=1.0, help="weight of pairs with the image itself")
-    add("--lambda-knn", type=float, default=0.577453483136995, help="weight of pairs with a neighbour")
-    add("--lambda-rand", type=float, default=0.9058762625226623, help="weight of pairs with random images")
-    shift = {"type": lambda text: text if text == "auto" else float(text), "default": "auto"}
-    add("--b-self", **shift, help="shift of pairs with the image itself: they attract where F is larger")
-    add("--b-knn", **shift, help="of pairs with a neighbour; codes collapse if it is low, scatter if high")
-    add("--b-rand", **shift, help="of pairs with random images; auto: each from the features alone")
+    add("--lambda-self", type=float, default=1.0, help="weight of self pairs (image, itself)")
+    add("--lambda-knn", type=float, default=0.577453483136995, help="weight of knn pairs (image, neighbour)")
+    add("--lambda-rand", type=float, default=0.9058762625226623, help="weight of rand pairs (image, another)")
+    add("--b-self", type=shift, default="auto", help="shift of self pairs: they attract where F is larger")
+    add("--b-knn", type=shift, default="auto", help="of knn pairs: codes collapse if low, scatter if high")
+    add("--b-rand", type=shift, default="auto", help="of rand pairs; auto: each from the features alone")
     add("--same-class", type=float, nargs=3, metavar=("SELF", "KNN", "RAND"),
-        help="instead of shifts: the shares of these pairs that show one class and so attract")
+        help="instead of shifts: the shares of self, knn and rand pairs that show one class and so attract")
     add("--center", action=switch, default=False, help="centre F spatially")
     add("--zero-clamp", action=switch, default=True, help="clamp S at zero")
     add("--stabilize", action=switch, default=False, help="clamp S at 0.8 from above, too")
