@@ -73,7 +73,7 @@ def read_mat(path, key):
 def read_image(path):
     """The image as RGB, upright (EXIF), 16 bits cut to the upper 8. Raises InputError naming the file."""
     try:
-        if Path(path).suffix == ".mat":  # Potsdam's are RGB and infrared, which the authors leave out
+        if Path(path).suffix == ".mat":  # Potsdam's also hold infrared, which the authors leave out
             return Image.fromarray(np.ascontiguousarray(read_mat(path, "img")[..., :3]))
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)

@@ -463,7 +463,7 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
 def read_safetensors(path):
     """The tensors of a .safetensors file: the length of a JSON header, the header, then their bytes."""
     with open(path, "rb") as file:
-        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))  # nothing is read twice
+        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))  # tensors share its memory
     start = 8 + int.from_bytes(content[:8], "little")
     tensors = {}
     for name, entry in json.loads(bytes(content[8:start])).items():
