@@ -270,13 +270,15 @@ def main():
         x, x_knn = x.float(), x_knn.float()
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
 
-        # as in the authors' code, modules.py:115-116, the features that the loss compares get dropout, too
+        # correspondences; as in the authors' code, modules.py:115-116, the features compared get dropout, too
         codes, codes_knn = model.head(x), model.head(x_knn)
         loss, terms = stego.stego_loss(model.head.dropout(x), model.head.dropout(x_knn), codes, codes_knn,
                                        lambdas, shifts, args.center, args.zero_clamp, args.stabilize)
+        # cluster probe
         codes = codes.detach()  # the probes teach the head nothing
         terms["cluster"] = model.cluster_probe.loss(codes)
         loss = loss + terms["cluster"]
+        # linear probe
         if model.linear_probe:
             terms["linear"] = stego.linear_probe_loss(model.linear_probe(codes), labels)
             loss = loss + terms["linear"]
