@@ -348,7 +348,7 @@ def log_probabilities(probe, codes, size):
 
 
 def crf_labels(image, predictions):
-    """argmax of dense_crf, (H, W) uint8, of an image (H, W, 3) uint8 for each probabilities (n, H, W)."""
+    """The likeliest ids after the CRF, (H, W) uint8, for each of the predictions (n, H, W) of an image."""
     return [dense_crf(image, probabilities).argmax(0).astype(np.uint8) for probabilities in predictions]
 
 
