@@ -308,7 +308,7 @@ def published(dataset, root, split):
     labels = [None] * len(ids) if split.startswith("unlabelled") else labels
     missing = [path for path in images + labels if path and not path.is_file()]
     if missing or not ids:
-        raise InputError(f"{len(missing):,} files are missing, such as {missing[0]}; {needs}" if missing else
+        raise InputError(f"missing files ({len(missing):,}), such as {missing[0]}; {needs}" if missing else
                          f"{folder}: no images of the split {split}; {needs}")
     return Collection(folder, split, images, labels, layout.names, layout.classes, layout.palette)
 
@@ -425,6 +425,15 @@ class Features(NamedTuple):
     folder: Path
 
 
+def cache_key(model, collection, size, crop):
+    """A name for features, which changes with every file, weight or setting that they are a function of."""
+    settings = [3, collection.fingerprint(), size, crop, model.facet, str(model.precision)]
+    key = hashlib.sha256(json.dumps(settings).encode())
+    for name, tensor in model.backbone.state_dict().items():
+        key.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return key.hexdigest()[:16]
+
+
 def extract_features(model, collection, size, crop="none", cache_dir="cache", cache_gb=100, workers=2,
                      rank=0, world=1):
     """Features of all views of size x size pixels, from the cache where it has them.
@@ -440,11 +449,7 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
     arrays = {"vectors": ((n, D), np.float32), "maps": ((n, side, side, D), np.float16)}
     if collection.has_labels:
         arrays["labels"] = ((n, size, size), np.uint8)
-    settings = [3, collection.fingerprint(), size, crop, model.facet, str(model.precision)]
-    key = hashlib.sha256(json.dumps(settings).encode())
-    for name, tensor in model.backbone.state_dict().items():
-        key.update(name.encode() + tensor.cpu().numpy().tobytes())
-    folder = Path(cache_dir, key.hexdigest()[:16])
+    folder = Path(cache_dir, cache_key(model, collection, size, crop))
     folder.parent.mkdir(parents=True, exist_ok=True)
     gigabytes = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays.values()) / 1e9
     free = shutil.disk_usage(cache_dir).free / 1e9

@@ -606,7 +606,7 @@ def predict_folder(model, probe, folder, out, size, names, colours, crf=True):
         draw_panel(out / "panel.png", columns, dict(zip(class_names, palette)))
     print(f"{len(targets) - len(bad)} images segmented into {out}")
     if bad:
-        raise InputError(f"{len(bad)} images could not be read: {'; '.join(bad[:10])}")
+        raise InputError(f"images that could not be read ({len(bad)}): {'; '.join(bad[:10])}")
 
 
 # ---- Pictures ----

@@ -175,7 +175,8 @@ def main():
     if args.num_clusters > min(stego.VOID, n * (size // model.backbone.patch_size) ** 2):
         raise InputError(f"--num-clusters {args.num_clusters} is more than {stego.VOID}, or than the patches "
                          "of all training views")
-    if not args.resume:
+    key = data.cache_key(model, train, size, args.crop)
+    if not any(Path(args.cache_dir).glob(f"{key}*")):  # files whose features were begun have been checked
         data.check_files([train] if val.split == "train" else [train, val], args.workers, rank)
 
     # ---- the run's folder ----

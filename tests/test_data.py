@@ -202,7 +202,7 @@ def test_without_its_files_it_says_what_to_get_and_where_to_put_it(dataset, tmp_
 
 def test_missing_files_are_named_and_a_list_cannot_lead_out_of_the_folder(coco):
     (coco / "cocostuff/annotations/val2017/000000000001.png").unlink()
-    with pytest.raises(stego.InputError, match="^1 files are missing, such as .*/000000000001.png; --da"):
+    with pytest.raises(stego.InputError, match=r"^missing files \(1\), such as .*/000000000001.png; --da"):
         data.load_collection("cocostuff27", coco, "val")
     save_image(coco / "cocostuff/images/x.jpg")
     save_label(coco / "cocostuff/annotations/x.png", ALL_IDS)

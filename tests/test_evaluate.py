@@ -254,7 +254,7 @@ def test_a_folder_of_photos_is_predicted_under_its_names_and_in_its_colours(mode
     save_image(tmp_path / "photos/a.jpg", 50, 40)
     save_image(tmp_path / "photos/sub/b.png", 33, 71)
     (tmp_path / "photos/c\nd.png").write_bytes(b"")
-    with pytest.raises(stego.InputError, match=r"^1 images could not be read: .*c\\nd.png: not a readable"):
+    with pytest.raises(stego.InputError, match=r"^images that could not be read \(1\): .*c\\nd.png: not a readable"):
         predict_here(model, tmp_path / "photos", tmp_path / "out")
     assert "2 images segmented" in capsys.readouterr().out
     files = {path.relative_to(tmp_path / "out").as_posix() for path in data.files_below(tmp_path / "out")}

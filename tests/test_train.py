@@ -95,7 +95,8 @@ def test_runs_are_deterministic_share_features_and_are_prolonged(workplace, monk
     assert scores_of("a")["results"] == scores_of("b")["results"]
     assert not same(weights(workplace / "runs/a"), weights(workplace / "runs/other"))
     assert len(list(workplace.glob("cache/*/maps.npy"))) == 1
-    monkeypatch.setattr(data, "fill_cache", lambda *_: pytest.fail("features were there"))
+    for function in ("fill_cache", "check_files"):
+        monkeypatch.setattr(data, function, lambda *_: pytest.fail("features were there"))
     train_here(monkeypatch, "--resume", "a", "--steps", "24")  # the other settings are the run's
     assert same(weights(workplace / "runs/a"), weights(workplace / "runs/long"))
     assert log_of("a") == log_of("long") and [row["step"] for row in log_of("a")] == [10, 20]
