@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -354,8 +353,12 @@ def crf_labels(image, predictions):
 
 def start_crf_process():
     """Runs in each new process of the pool: leaves Ctrl-C to the parent and ends when the parent does."""
+    def end_with_parent():
+        parent_process().join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 @torch.no_grad()
@@ -477,8 +480,8 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
     summary = {"data": str(collection.folder), "split": collection.split, "images": len(collection),
                "classes": collection.names, "prediction": best, "warnings": [*warnings],
                "results": results}
-    text = json.dumps({**summary, **more}, indent=1)  # JSON has no NaN; one that ends a line is a number
-    data.write_text(folder / "scores.json", re.sub(r"\bNaN(,?)$", r"null\1", text, flags=re.MULTILINE))
+    summary = json.loads(json.dumps({**summary, **more}), parse_constant=lambda _: None)  # JSON has no NaN
+    data.write_text(folder / "scores.json", json.dumps(summary, indent=1))
     return names_found, colours[best]
 
 
@@ -816,8 +819,9 @@ def gradient_of_sample(device):
 
 def choose_device(name, local_rank=None):
     """The torch.device called `name`; for "auto", the first of cuda, mps and cpu that computes correctly."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    for kind in [kind for kind in available if available[kind]] if name == "auto" else [name]:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kinds = [kind for kind in there if there[kind]] if name == "auto" else [name]
+    for kind in kinds:
         try:
             device = torch.device(kind)
             if device.type == "cuda" and device.index is None:  # "cuda" would be the first GPU in a thread

@@ -305,7 +305,7 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
     loss_rand = 0
     for _ in range(n_negatives):
         rand = derangement(N, device)
-        at = points_b[rand.argsort()]  # image rand[n] is read at points_b[n]; maps are never copied
+        at = points_b[rand.argsort()]  # so that image rand[n] is read at points_b[n]
         loss_rand += term(sample(features, at)[rand], sample(codes, at)[rand], shifts[2]) / n_negatives
     loss = lambdas[0] * loss_self + lambdas[1] * loss_knn + lambdas[2] * loss_rand
     return loss, {"self": loss_self, "knn": loss_knn, "rand": loss_rand}

@@ -182,7 +182,7 @@ def main():
     # ---- the run's folder ----
     free = next(i for i in itertools.count(1) if not Path("runs", f"{args.dataset}-{i}").exists())
     name = [args.resume or args.name or f"{args.dataset}-{free}"]
-    if world > 1:
+    if world > 1:  # the first process's replaces what is in the list
         dist.broadcast_object_list(name)
     folder = Path("runs", name[0])
     checkpoint, first_step, rows = folder / "checkpoint.pt", 0, []
