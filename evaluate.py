@@ -503,10 +503,11 @@ def compare(folders):
     varying = {"seed", "name", "resume", "preset", "device", "workers", "cache_dir", "cache_gb", "commonest"}
     groups = {}
     for folder in map(Path, folders):
-        if not (folder / "scores.json").is_file():
-            print(f"{folder}: left out, as it holds no scores.json")
+        path = folder / "scores.json"
+        summary = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if not summary.get("results"):
+            print(f"{folder}: left out, as it holds no scores")
             continue
-        summary = json.loads((folder / "scores.json").read_text("utf-8"))
         settings = {key: value for key, value in summary["config"].items() if key not in varying}
         same = json.dumps([settings, summary["data"], summary["split"]], sort_keys=True)
         groups.setdefault(same, {})[str(folder)] = summary
@@ -569,9 +570,9 @@ def predict_folder(model, probe, folder, out, size, names, colours, crf=True):
     """Segments every image below `folder`, or the one image it is, into `out`.
 
     names, colours: of the clusters; those of one name are one class, in the colour of the first. Writes for
-    each photo a palette PNG of class ids, of the same stem and size, and <stem>_overlay.jpg; for all,
-    classes.json (name and colour of each id) and panel.png. Photos that cannot be read raise one InputError
-    after the others are done.
+    each photo a palette PNG of class ids, of the same stem and size, and <stem>_overlay.jpg, with a legend
+    below; for all, classes.json (name and colour of each id) and panel.png. Photos that cannot be read raise
+    one InputError after the others are done.
     """
     photos, out = data.directory(folder, None, n_classes=1), Path(out)
     inside = out.resolve(), *(out.resolve().parents if Path(folder).is_dir() else ())
@@ -599,7 +600,11 @@ def predict_folder(model, probe, folder, out, size, names, colours, crf=True):
         segmented.putpalette(np.array(palette, np.uint8).tobytes())
         overlay = Image.blend(image, segmented.convert("RGB"), 0.5)
         segmented.save(target)
-        overlay.save(target.with_name(f"{target.stem}_overlay.jpg"), quality=90)
+        legend = {class_names[k]: palette[k] for k in np.unique(segmented)}
+        key = draw_legend(legend, image.width, max(16, image.width // 60))
+        page = ImageOps.expand(overlay, (0, 0, key.width - image.width, key.height), "white")
+        page.paste(key, (0, image.height))
+        page.save(target.with_name(f"{target.stem}_overlay.jpg"), quality=90)
         if len(thumbnails) < 5:
             pictures = image, overlay, segmented.convert("RGB")
             thumbnails.append([np.asarray(ImageOps.pad(picture, (320, 320), NEAREST, "white"))
@@ -736,7 +741,7 @@ def draw_clusters(path, collection, views, clusters, names, colours, size, crop,
         for i in in_view[:, k].topk(min(n_shown, len(views))).indices.tolist():
             view = data.image_views(collection, int(views[i]) // v, size, crop, int(views[i]) % v)[0]
             mask = Image.fromarray((clusters[i] == k).numpy()).resize((size, size), NEAREST)
-            rows[-1].append((view.transpose(1, 2, 0) * np.where(mask, 1, 0.25)[..., None]).astype(np.uint8))
+            rows[-1].append((view.transpose(1, 2, 0) * np.where(mask, 1, 0.35)[..., None]).astype(np.uint8))
     titles = ["cluster", *(f"view {i + 1}" for i in range(len(rows[0]) - 1))]
     draw_panel(path, list(zip(titles, zip(*rows))), dict(zip(names, colours)))
     return shares.tolist()
@@ -902,7 +907,7 @@ def parse_args():
         "and, with labels, how well that tells classes apart (precision_recall.png)")
     add("--compare", nargs="+", metavar="RUN", help="print the scores of runs, mean ± deviation over seeds")
     add = parser.add_argument
-    add("--out", metavar="FOLDER", help="where results go; eval-<split> beside the checkpoint if not given")
+    add("--out", metavar="FOLDER", help="where results go; for scores, eval-<split> in the run if not given")
     add("--split", default="val", help="val (default), train; dev for scenes, unlabelled_train for potsdam")
     add("--dataset", choices=data.DATASETS, help="this and the next four are as in training if not given")
     add("--data-root")
@@ -911,8 +916,8 @@ def parse_args():
     add("--precision", choices=("auto", "float32", "bfloat16", "float16"))
     add_machine_options(add)
     args = parser.parse_args()
-    if not args.run and not args.compare:
-        parser.error("give a run, or --compare RUN RUN ...")
+    if bool(args.run) == bool(args.compare):
+        parser.error("give either a run or --compare RUN RUN ...")
     if args.predict and not args.out:
         parser.error("--predict needs --out FOLDER for the results")
     return args
@@ -923,7 +928,7 @@ def main():
     if args.compare:
         compare(args.compare)
         return
-    path = Path(args.run)
+    path = Path(args.run) if Path(args.run).exists() else Path("runs", args.run)
     path = path / "checkpoint.pt" if path.is_dir() else path
     device, rank, world = join_processes(args.device)
     model, config = stego.load_checkpoint(path, device)
@@ -944,7 +949,7 @@ def main():
     collection = data.load_collection(args.dataset or config["dataset"], data_root, split, n_classes)
     data.check_files([collection], args.workers, rank)
     folder = path.with_suffix("") if path.suffix == ".ckpt" else path.parent  # the authors' share one folder
-    out = Path(args.out or folder / f"eval-{split}")
+    out = Path(args.out or folder / f"eval-{collection.split}")
     if args.correspondences:
         view_size, crop = data.round_to_patch(config["resolution"], patch), config["crop"]
         features = data.extract_features(model, collection, view_size, crop, args.cache_dir, args.cache_gb,

@@ -1,7 +1,7 @@
 """Train STEGO: frozen features once, a small head on their correspondences, clusters, scores and pictures.
 
     python train.py                                                # the embedded scenes, offline
-    python train.py --data-root photos --num-classes 20            # a folder of your own images
+    python train.py --data-root photos --num-clusters 24           # a folder of your own images
     python train.py --preset cocostuff27-vits8 --data-root FOLDER  # the paper's data and settings
     python train.py --resume NAME                                  # go on with runs/NAME, which was stopped
     python train.py --resume NAME --steps 4000                     # train it for longer
@@ -185,11 +185,16 @@ def main():
     if world > 1:  # the first process's replaces what is in the list
         dist.broadcast_object_list(name)
     folder = Path("runs", name[0])
-    checkpoint, first_step, rows = folder / "checkpoint.pt", 0, []
+    checkpoint, first_step, rows, old_centroids = folder / "checkpoint.pt", 0, [], None
     if args.resume:
         saved = stego.read_tensors(checkpoint)
         state, training = saved["model"], saved["training"]
-        model.load_state_dict({key: value for key, value in state.items() if "refit_probe" not in key})
+        old_centroids = state.pop("refit_probe.centroids", None)
+        if {key: value.shape for key, value in state.items()} != {
+                key: value.shape for key, value in model.state_dict().items()}:
+            raise InputError(f"--resume {args.resume}: backbone, --code-dim, --num-clusters and the classes "
+                             "must stay as they were")
+        model.load_state_dict(state)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": training["optimizer"]["state"]})
         first_step, rows = training["step"], training["rows"]
         for left in folder.glob("*.tmp") if rank == 0 else ():  # by a process killed while writing
@@ -337,17 +342,24 @@ def main():
     confusions, samples = evaluate.evaluate(model, val, eval_size, probes, args.crf, args.workers, rank,
                                             world)
     if rank == 0:
-        legend = [f"cluster {k}" for k in range(n_clusters)], data.class_palette(n_clusters)
-        names, colours = evaluate.report(
+        named = folder / "clusters.json"  # as someone may have edited it
+        if named.is_file() and not (old_centroids is not None and torch.equal(old_centroids, centroids[1])):
+            os.replace(named, f"{named}.bak")
+            print(f"the clusters are new; the names of those before are in {named}.bak")
+        legend, edited = evaluate.read_legend(named, n_clusters), named.is_file()
+        found = evaluate.report(
             folder, confusions, samples, val, probes, legend, args.commonest, warnings, config=vars(args),
             health=health, shifts=shifts, attract=[share.mean().item() for share in attract])
+        names, colours = legend if edited else found
         shares = evaluate.draw_clusters(folder / "clusters.png", train, views, clusters, names, colours, size,
                                         args.crop)
-        evaluate.write_legend(folder / "clusters.json", names, colours, share=shares)
+        evaluate.write_legend(named, names, colours, share=shares)
         if rows:  # of ten steps or more
             evaluate.draw_losses(folder / "losses.png", rows)
         seconds = time.perf_counter() - started
         print(f"scores, pictures and checkpoint.pt are in {folder}, after {seconds:.0f} seconds")
+        print(f"next: look at clusters.png there, type names into clusters.json, and segment photos with\n"
+              f"    python evaluate.py {folder} --predict PHOTOS --out FOLDER")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,14 @@ def test_a_label_may_have_a_palette_but_not_colours(tmp_path):
         data.read_label(tmp_path / "rgb.png")
 
 
+def test_files_that_are_no_images_are_mentioned(tmp_path, capsys):
+    save_image(tmp_path / "a.png")
+    for name in ("b.HEIC", ".hidden"):
+        (tmp_path / name).write_bytes(b"")
+    assert len(data.directory(tmp_path, "train", 2)) == 1
+    assert capsys.readouterr().out == f"{tmp_path}: not read as images: 1, such as b.HEIC\n"
+
+
 def test_directory_pairs_labels_by_stem_and_reads_class_names(folder):
     (folder / "classes.txt").write_text("\ufeffsky\n\n  road \r\ntree\n", encoding="utf-8")
     train, val = (data.directory(folder, split) for split in ("train", "val"))

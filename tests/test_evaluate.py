@@ -254,7 +254,7 @@ def test_a_folder_of_photos_is_predicted_under_its_names_and_in_its_colours(mode
     save_image(tmp_path / "photos/a.jpg", 50, 40)
     save_image(tmp_path / "photos/sub/b.png", 33, 71)
     (tmp_path / "photos/c\nd.png").write_bytes(b"")
-    with pytest.raises(stego.InputError, match=r"^images that could not be read \(1\): .*c\\nd.png: not a readable"):
+    with pytest.raises(stego.InputError, match=r"^images that could not be read \(1\): .*c\\nd.png: not a"):
         predict_here(model, tmp_path / "photos", tmp_path / "out")
     assert "2 images segmented" in capsys.readouterr().out
     files = {path.relative_to(tmp_path / "out").as_posix() for path in data.files_below(tmp_path / "out")}
@@ -265,6 +265,9 @@ def test_a_folder_of_photos_is_predicted_under_its_names_and_in_its_colours(mode
     photo = data.read_image(tmp_path / "photos/sub/b.png")
     assert np.array_equal(ids, evaluate.predict(model, model.refit_probe, photo, 32, False))
     assert np.array_equal(colours, data.class_palette(5)[ids])
+    overlay = np.asarray(data.read_image(tmp_path / "out/sub/b_overlay.jpg"))  # and names below it
+    expected = (np.asarray(photo) / 2 + colours / 2).mean((0, 1))
+    assert len(overlay) > 71 and overlay[:71, :33].mean((0, 1)) == pytest.approx(expected, abs=3)
     legend = json.loads((tmp_path / "out/classes.json").read_text())
     assert legend["3"] == {"name": "cluster 3", "color": data.class_palette(5)[3].tolist()}
     predict_here(model, tmp_path / "photos/a.jpg", tmp_path / "photos/one")  # below its own folder
@@ -390,7 +393,7 @@ def test_evaluation_from_the_command_line_gives_the_scores_of_training(evaluate_
                    for file in ("scores.json", "eval-val/scores.json"))
     del ours[RAW]  # its centroids are not in a checkpoint
     assert again == ours and {*again} == {REFIT, ONLINE, LINEAR, "by training labels"}
-    evaluate_here("runs/t/checkpoint.pt", "--split", "train", "--out", "there", "--eval-resolution", "19")
+    evaluate_here("t/checkpoint.pt", "--split", "train", "--out", "there", "--eval-resolution", "19")
     assert json.loads(Path("there/scores.json").read_text())["images"] == 12
     evaluate_here("--compare", "runs/t", "runs/t")
     assert "split train, at 16 pixels" in capsys.readouterr().out

@@ -113,6 +113,28 @@ def test_without_labels_everything_but_scores_is_there(workplace, monkeypatch, c
     assert Path("runs/t/panel.png").exists() and not Path("runs/t/confusion.png").exists()
     out = capsys.readouterr().out
     assert "0 with labels; 12 images to evaluate" in out and "the training images, as there is no val" in out
+    evaluate.compare(["runs/t"])
+    assert capsys.readouterr().out == "runs/t: left out, as it holds no scores\n"
+
+
+def test_typed_names_of_clusters_outlive_a_resume_and_are_kept_aside_where_clusters_are_new(
+        workplace, monkeypatch, capsys):
+    def names(file):
+        return [entry["name"] for entry in json.loads(Path("runs/t", file).read_text()).values()]
+    train_here(monkeypatch, *IMAGES, "--name", "t")
+    typed = Path("runs/t/clusters.json").read_text().replace("class", "thing")
+    Path("runs/t/clusters.json").write_text(typed)
+    train_here(monkeypatch, "--resume", "t")
+    assert "thing" in names("clusters.json")[0] and not Path("runs/t/clusters.json.bak").exists()
+    train_here(monkeypatch, "--resume", "t", "--steps", "14")
+    assert "thing" in names("clusters.json.bak")[0] and "class" in names("clusters.json")[0]
+    assert "the names of those before are in runs/t/clusters.json.bak" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_a_model_of_its_own_shape(workplace, monkeypatch, told):
+    train_here(monkeypatch, *IMAGES, "--name", "t", "--steps", "0")
+    for other in ("--num-clusters=2", "--code-dim=3"):
+        assert "must stay as they were" in told("--resume", "t", other, "--device=cpu")
 
 
 def test_live_features_of_five_crops_give_the_weights_of_cached_ones(workplace, monkeypatch, capsys):
