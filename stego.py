@@ -302,11 +302,12 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
 
     loss_self = term(f_a, s_a, shifts[0])
     loss_knn = term(sample(features_knn, points_b), sample(codes_knn, points_b), shifts[1])
-    loss_rand = 0
-    for _ in range(n_negatives):
-        rand = derangement(N, device)
-        at = points_b[rand.argsort()]  # so that image rand[n] is read at points_b[n]
-        loss_rand += term(sample(features, at)[rand], sample(codes, at)[rand], shifts[2]) / n_negatives
+    rands = [derangement(N, device) for _ in range(n_negatives)]
+    # Image rand[n] is read at points_b[n]. Sampling all negatives before permuting them is faster.
+    points = torch.cat([points_b[rand.argsort()] for rand in rands], 1)  # (N, negatives p, p, 2)
+    f_rand, s_rand = (sample(maps, points).split(n_points, 2) for maps in (features, codes))
+    losses = [term(f[rand], s[rand], shifts[2]) for rand, f, s in zip(rands, f_rand, s_rand)]
+    loss_rand = sum(losses) / n_negatives
     loss = lambdas[0] * loss_self + lambdas[1] * loss_knn + lambdas[2] * loss_rand
     return loss, {"self": loss_self, "knn": loss_knn, "rand": loss_rand}
 
