@@ -900,7 +900,7 @@ def run_main(main):
 def parse_args():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("run", nargs="?", help="the folder of a run, or a checkpoint, ours or the authors'")
+    parser.add_argument("run", nargs="?", help="a run's name or folder, or a checkpoint of ours or the authors'")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--predict", metavar="PHOTOS", help="segment this image, or all below this folder, into --out")
     add("--correspondences", action="store_true", help="draw what corresponds to a point (heatmaps.png) "
@@ -928,7 +928,7 @@ def main():
     if args.compare:
         compare(args.compare)
         return
-    path = Path(args.run) if Path(args.run).exists() else Path("runs", args.run)
+    path = Path("runs", args.run) if Path("runs", args.run).exists() else Path(args.run)
     path = path / "checkpoint.pt" if path.is_dir() else path
     device, rank, world = join_processes(args.device)
     model, config = stego.load_checkpoint(path, device)

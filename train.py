@@ -64,7 +64,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--preset", choices=PRESETS, help="all settings of a published result, or of the scenes")
-    add("--resume", metavar="NAME", help="go on with runs/NAME, with its settings")
+    add("--resume", metavar="NAME", type=lambda text: text.removeprefix("runs/").rstrip("/"),
+        help="go on with runs/NAME, with its settings")
     add("--name", help="results go into runs/<name>; the data set's name and a number if not given")
 
     add = parser.add_argument_group("data").add_argument

@@ -100,7 +100,7 @@ def test_runs_are_deterministic_share_features_and_are_prolonged(workplace, monk
     train_here(monkeypatch, "--resume", "a", "--steps", "24")  # the other settings are the run's
     assert same(weights(workplace / "runs/a"), weights(workplace / "runs/long"))
     assert log_of("a") == log_of("long") and [row["step"] for row in log_of("a")] == [10, 20]
-    train_here(monkeypatch, "--resume", "a")  # of a finished run everything after training is done again
+    train_here(monkeypatch, "--resume", "runs/a/")  # of a finished run all after training is done again
     assert same(weights(workplace / "runs/a"), weights(workplace / "runs/long"))
 
 
