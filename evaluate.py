@@ -900,7 +900,7 @@ def run_main(main):
 def parse_args():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("run", nargs="?", help="a run's name or folder; or a checkpoint, ours or theirs")
+    parser.add_argument("run", nargs="?", help="a run's name or folder; or a checkpoint, also the authors'")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--predict", metavar="PHOTOS", help="segment this image, or all below this folder, into --out")
     add("--correspondences", action="store_true", help="draw what corresponds to a point (heatmaps.png) "
