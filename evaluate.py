@@ -443,8 +443,7 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
     """
     folder.mkdir(parents=True, exist_ok=True)
     labelled, best = collection.has_labels, prediction_row(probes)
-    as_they_are = (LINEAR, LINEAR + CRF) if labelled else (best,)
-    assignments = {row: np.arange(len(confusion)) if row in as_they_are else hungarian(confusion)
+    assignments = {row: np.arange(len(confusion)) if row.startswith(LINEAR) else hungarian(confusion)
                    for row, confusion in confusions.items()}
     names, palette = (collection.names, collection.palette) if labelled else legend
     extra = data.class_palette(300)[len(palette):]  # for clusters left over

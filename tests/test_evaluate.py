@@ -218,6 +218,17 @@ def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(model, tmp_pa
     assert line.split()[:5] == ["k-means", "on", "codes", "81.4", "85.0"]
 
 
+def test_without_labels_clusters_keep_their_names_and_other_rows_are_painted_like_them(model, tmp_path):
+    collection, legend = Made(), (list("abcde"), data.class_palette(5))
+    collection.has_labels, probes = False, {REFIT: model.refit_probe, ONLINE: model.cluster_probe}
+    confusions, samples = evaluate.evaluate(model, collection, 32, probes, crf=False, workers=1)
+    counts = torch.stack([torch.from_numpy(clusters[REFIT]).flatten() for _, _, clusters in samples])
+    assert torch.equal(confusions[REFIT].sum(0), torch.bincount(counts.flatten(), minlength=5))
+    assert torch.equal(confusions[REFIT], confusions[REFIT].diag().diag())
+    confusions[REFIT] = torch.diag(torch.tensor([0, 0, 5, 0, 1]))  # of clusters that do not occur
+    assert evaluate.report(tmp_path, confusions, samples, collection, probes, legend)[0] == list("abcde")
+
+
 def test_compare_groups_runs_by_their_settings(tmp_path, capsys):
     for name, seed, steps, miou in (("a", 0, 9, 10), ("b", 1, 9, 14), ("c", 0, 8, 50)):
         summary = {"config": {"seed": seed, "steps": steps, "name": name}, "data": "d", "split": "val",
