@@ -438,13 +438,13 @@ def cache_key(model, collection, size, crop):
 
 
 def extract_features(model, collection, size, crop="none", cache_dir="cache", cache_gb=100, workers=2,
-                     rank=0, world=1):
+                     rank=0, world=1, key=None):
     """Features of all views of size x size pixels, from the cache where it has them.
 
     The maps are kept if they take no more than cache_gb (10^9 bytes) and the disk has room; otherwise a map
     is computed whenever it is read. All is written into `<cache_dir>/<key>.partial`, which is renamed once
     complete: a killed extraction goes on where it stopped, and runs that fill one cache write equal bytes.
-    Each of `world` processes extracts every world-th image.
+    Each of `world` processes extracts every world-th image. key: the cache_key, where it is known already.
     """
     device, v = next(model.head.parameters()).device, VIEWS[crop]
     n, D, side = len(collection) * v, model.backbone.embed_dim, size // model.backbone.patch_size
@@ -452,7 +452,7 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
     arrays = {"vectors": ((n, D), np.float32), "maps": ((n, side, side, D), np.float16)}
     if collection.has_labels:
         arrays["labels"] = ((n, size, size), np.uint8)
-    folder = Path(cache_dir, cache_key(model, collection, size, crop))
+    folder = Path(cache_dir, key or cache_key(model, collection, size, crop))
     folder.parent.mkdir(parents=True, exist_ok=True)
     gigabytes = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays.values()) / 1e9
     free = shutil.disk_usage(cache_dir).free / 1e9

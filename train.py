@@ -177,8 +177,9 @@ def main():
         raise InputError(f"--num-clusters {args.num_clusters} is more than {stego.VOID}, or than the patches "
                          "of all training views")
     key = data.cache_key(model, train, size, args.crop)
-    if not any(Path(args.cache_dir).glob(f"{key}*")):  # files whose features were begun have been checked
-        data.check_files([train] if val.split == "train" else [train, val], args.workers, rank)
+    begun = any(Path(args.cache_dir).glob(f"{key}*"))  # so that these very files have been checked
+    unchecked = ([] if begun else [train]) + ([] if val.split == "train" else [val])
+    data.check_files(unchecked, args.workers, rank)
 
     # ---- the run's folder ----
     free = next(i for i in itertools.count(1) if not Path("runs", f"{args.dataset}-{i}").exists())
@@ -225,7 +226,7 @@ def main():
 
     # ---- every feature once ----
     features = data.extract_features(model, train, size, args.crop, args.cache_dir, args.cache_gb,
-                                     args.workers, rank, world)
+                                     args.workers, rank, world, key)
     if device.type == "cuda" and isinstance(features.maps, torch.Tensor):
         torch.cuda.empty_cache()
         if features.maps.nbytes < torch.cuda.mem_get_info(device)[0] / 2:  # no step waits for disk or bus

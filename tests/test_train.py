@@ -95,9 +95,11 @@ def test_runs_are_deterministic_share_features_and_are_prolonged(workplace, monk
     assert scores_of("a")["results"] == scores_of("b")["results"]
     assert not same(weights(workplace / "runs/a"), weights(workplace / "runs/other"))
     assert len(list(workplace.glob("cache/*/maps.npy"))) == 1
-    for function in ("fill_cache", "check_files"):
-        monkeypatch.setattr(data, function, lambda *_: pytest.fail("features were there"))
+    checked = []
+    monkeypatch.setattr(data, "check_files", lambda collections, *_: checked.extend(collections))
+    monkeypatch.setattr(data, "fill_cache", lambda *_: pytest.fail("features were there"))
     train_here(monkeypatch, "--resume", "a", "--steps", "24")  # the other settings are the run's
+    assert [collection.split for collection in checked] == ["val"]  # as its files may be others by now
     assert same(weights(workplace / "runs/a"), weights(workplace / "runs/long"))
     assert log_of("a") == log_of("long") and [row["step"] for row in log_of("a")] == [10, 20]
     train_here(monkeypatch, "--resume", "runs/a/")  # of a finished run all after training is done again
