@@ -198,15 +198,15 @@ def directory(root, split, n_classes=None):
     root = Path(root)
     if not root.exists():
         raise InputError(f"{root}: there is no such folder")
-    if split == "val" and not (root / "imgs/val").is_dir():
-        split = "train"
+    again = split == "val" and not (root / "imgs/val").is_dir()
+    split = "train" if again else split
     folder = root / "imgs" / (split or "") if (root / "imgs").is_dir() else root
     files = [root] if root.is_file() else files_below(folder)
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     others = [path.name for path in files if path.suffix.lower() not in SUFFIXES and path.name[0] != "."]
     if not images:
         raise InputError(f"{folder}: no images ({' '.join(sorted(SUFFIXES))})")
-    if others and split != "val":
+    if others and not again:  # said once of a folder
         print(f"{folder}: not read as images: {len(others)}, such as {others[0]}")
     folder = root.parent if root.is_file() else folder
     labels = [None] * len(images)

@@ -79,7 +79,7 @@ def test_files_that_are_no_images_are_mentioned(tmp_path, capsys):
     save_image(tmp_path / "a.png")
     for name in ("b.HEIC", ".hidden"):
         (tmp_path / name).write_bytes(b"")
-    assert len(data.directory(tmp_path, "train", 2)) == 1
+    assert len(data.directory(tmp_path, "train", 2)) == len(data.directory(tmp_path, "val", 2)) == 1
     assert capsys.readouterr().out == f"{tmp_path}: not read as images: 1, such as b.HEIC\n"
 
 
