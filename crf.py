@@ -53,10 +53,10 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
     n_classes, height, width = probs.shape
     kernels = []
     if gaussian_weight:
-        kernels.append(_kernel(height, width, gaussian_weight, gaussian_std))
+        kernels.append(_spatial_kernel(height, width, gaussian_std, gaussian_weight))
     if bilateral_weight:
-        kernels.append(_kernel(height, width, bilateral_weight, bilateral_xy_std, image.tobytes(),
-                               bilateral_rgb_std))
+        kernels.append(_bilateral_kernel(image.tobytes(), height, width, bilateral_xy_std, bilateral_rgb_std,
+                                         bilateral_weight))
 
     log_probs = np.log(probs.reshape(n_classes, -1).T.astype(np.float32, order="C").clip(1e-5, 1))  # (P, C)
     q = np.empty_like(log_probs)
@@ -80,17 +80,22 @@ def _update(q, log_probs, kernels):
         exp /= (exp @ np.ones(q.shape[1], np.float32))[:, None]
 
 
-@functools.lru_cache(maxsize=2)  # as images of one size often follow each other, and so do probs of one image
-def _kernel(height, width, weight, xy_std, pixels=None, rgb_std=None):
-    features = np.mgrid[:height, :width][::-1].reshape(2, -1).astype(np.float32)  # (2, P): x, y
-    features /= np.float32(xy_std)
-    if pixels:
-        colours = np.frombuffer(pixels, np.uint8).reshape(-1, 3).T[::-1]  # (3, P): blue, green, red
-        return _LatticeKernel(np.vstack([features, colours / np.float32(rgb_std)]), weight)
-    kernel = _LatticeKernel(features, weight)
-    # Splat and slice each reach less than one simplex and the blur two, all of side xy_std.
-    reach = int(np.ceil(4 * xy_std)) - 1
-    return _StencilKernel(kernel, height, width, reach) if xy_std <= 1 else kernel
+def _positions(height, width):
+    return np.mgrid[:height, :width][::-1].reshape(2, -1).astype(np.float32)  # (2, P): x, y
+
+
+@functools.lru_cache(maxsize=2)  # images are of one size, or upright and across
+def _spatial_kernel(height, width, std, weight):
+    kernel = _LatticeKernel(_positions(height, width) / np.float32(std), weight)
+    # Splat and slice each reach less than one simplex and the blur two, all of side std.
+    return _StencilKernel(kernel, height, width, reach=int(np.ceil(4 * std)) - 1) if std <= 1 else kernel
+
+
+@functools.lru_cache(maxsize=1)  # the predictions of several probes for one image follow each other
+def _bilateral_kernel(pixels, height, width, xy_std, rgb_std, weight):
+    colours = np.frombuffer(pixels, np.uint8).reshape(-1, 3).T[::-1]  # (3, P): blue, green, red
+    features = [_positions(height, width) / np.float32(xy_std), colours / np.float32(rgb_std)]
+    return _LatticeKernel(np.vstack(features), weight)
 
 
 def _lattice(features):
