@@ -84,7 +84,7 @@ def _positions(height, width):
     return np.mgrid[:height, :width][::-1].reshape(2, -1).astype(np.float32)  # (2, P): x, y
 
 
-@functools.lru_cache(maxsize=2)  # images are of one size, or upright and across
+@functools.lru_cache(maxsize=2)  # images are of one size, or of two: portrait and landscape
 def _spatial_kernel(height, width, std, weight):
     kernel = _LatticeKernel(_positions(height, width) / np.float32(std), weight)
     # Splat and slice each reach less than one simplex and the blur two, all of side std.
