@@ -350,9 +350,10 @@ def main():
                                             world)
     if rank == 0:
         named = folder / "clusters.json"  # as someone may have edited it
-        if named.is_file() and not (old_centroids is not None and torch.equal(old_centroids, centroids[1])):
-            os.replace(named, f"{named}.bak")
-            print(f"the clusters are new; the names of those before are in {named}.bak")
+        if named.is_file() and (old_centroids is None or not torch.equal(old_centroids, centroids[1])):
+            aside = folder / f"clusters-{first_step}.json"  # a name of its own each time the run goes on
+            os.replace(named, aside)
+            print(f"the clusters are new; the names of those before are in {aside}")
         legend, edited = evaluate.read_legend(named, n_clusters), named.is_file()
         found = evaluate.report(
             folder, confusions, samples, val, probes, legend, args.commonest, warnings, config=vars(args),

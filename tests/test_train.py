@@ -127,10 +127,12 @@ def test_typed_names_of_clusters_outlive_a_resume_and_are_kept_aside_where_clust
     typed = Path("runs/t/clusters.json").read_text().replace("class", "thing")
     Path("runs/t/clusters.json").write_text(typed)
     train_here(monkeypatch, "--resume", "t")
-    assert "thing" in names("clusters.json")[0] and not Path("runs/t/clusters.json.bak").exists()
+    assert "thing" in names("clusters.json")[0] and not list(Path("runs/t").glob("clusters-*.json"))
     train_here(monkeypatch, "--resume", "t", "--steps", "14")
-    assert "thing" in names("clusters.json.bak")[0] and "class" in names("clusters.json")[0]
-    assert "the names of those before are in runs/t/clusters.json.bak" in capsys.readouterr().out
+    assert "thing" in names("clusters-12.json")[0] and "class" in names("clusters.json")[0]
+    assert "the names of those before are in runs/t/clusters-12.json" in capsys.readouterr().out
+    train_here(monkeypatch, "--resume", "t", "--steps", "16")
+    assert "thing" in names("clusters-12.json")[0] and "class" in names("clusters-14.json")[0]
 
 
 def test_a_run_goes_on_with_a_model_of_its_own_shape(workplace, monkeypatch, told):
