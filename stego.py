@@ -61,14 +61,9 @@ class Attention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021), half-split, for x (N, heads, T, d). cos, sin: (patches, d).
-
-    The patches are the last tokens; the class and register tokens before them pass unchanged.
-    """
-    others, patches = x.split((x.shape[2] - len(cos), len(cos)), dim=2)
-    first, second = patches.float().chunk(2, dim=3)  # (N, heads, patches, d / 2)
-    rotated = patches.float() * cos + torch.cat([-second, first], 3) * sin
-    return torch.cat([others, rotated.to(x.dtype)], 2)
+    """Rotary positions (Su et al. 2021), half-split, in float32, for x (N, heads, T, d). cos, sin: (T, d)."""
+    first, second = x.float().chunk(2, dim=3)  # (N, heads, T, d / 2)
+    return (x.float() * cos + torch.cat([-second, first], 3) * sin).to(x.dtype)
 
 
 def rotary_periods(head_dim):
@@ -156,14 +151,16 @@ class VisionTransformer(nn.Module):
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
     def rotation(self, h, w):
-        """cos and sin of DINOv3's rotary angles for h x w patches, (h w, D / heads) each.
+        """cos and sin of DINOv3's rotary angles for h x w patches, (1 + registers + h w, D / heads) each.
 
-        angle = 2 pi coordinate / period; the coordinates y and x of the patch centres run from -1 to 1.
+        angle = 2 pi coordinate / period; the coordinates y and x of the patch centres run from -1 to 1. The
+        class and register tokens before the patches have angle 0, so that they pass unchanged.
         """
         periods = self.rope_embed.periods
         y, x = (2 * (torch.arange(n, device=periods.device) + 0.5) / n - 1 for n in (h, w))
         positions = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).reshape(h * w, 2, 1)
         angles = (2 * math.pi * positions / periods).reshape(h * w, -1).repeat(1, 2)  # (h w, D / heads)
+        angles = nnf.pad(angles, (0, 0, 1 + self.registers, 0))  # (1 + registers + h w, D / heads)
         return angles.cos(), angles.sin()
 
     def forward(self, images, facet="token"):
