@@ -71,15 +71,6 @@ def rotary_periods(head_dim):
     return (100 ** (torch.arange(head_dim // 4) / (head_dim // 4))).bfloat16().float()
 
 
-class LayerScale(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
 class SwiGLU(nn.Module):
     def __init__(self, dim, hidden_dim):
         super().__init__()
@@ -96,15 +87,15 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads)
-        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.ls1 = nn.ParameterDict({"gamma": torch.ones(dim)} if layer_scale else {})
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = SwiGLU(dim, hidden_dim) if swiglu else nn.Sequential(collections.OrderedDict(
             fc1=nn.Linear(dim, hidden_dim), gelu=nn.GELU(), fc2=nn.Linear(hidden_dim, dim)))
-        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.ls2 = nn.ParameterDict({"gamma": torch.ones(dim)} if layer_scale else {})
 
     def forward(self, x, rotation=None):
-        x = x + self.ls1(self.attn(self.norm1(x), rotation))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.attn(self.norm1(x), rotation) * self.ls1.get("gamma", 1)
+        return x + self.mlp(self.norm2(x)) * self.ls2.get("gamma", 1)
 
 
 class VisionTransformer(nn.Module):
