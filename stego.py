@@ -55,10 +55,6 @@ class Attention(nn.Module):
         x = nnf.scaled_dot_product_attention(q, k, v)  # (N, heads, T, D / heads)
         return self.proj(x.transpose(1, 2).reshape(N, T, D))
 
-    def keys(self, x):
-        D = x.shape[-1]
-        return nnf.linear(x, self.qkv.weight[D:2 * D], self.qkv.bias[D:2 * D])  # (N, T, D), head after head
-
 
 def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021), half-split, in float32, for x (N, heads, T, d). cos, sin: (T, d)."""
@@ -175,7 +171,7 @@ class VisionTransformer(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x, rotation)
         last = self.blocks[-1]
-        x = self.norm(last(x, rotation)) if facet == "token" else last.attn.keys(last.norm1(x))
+        x = self.norm(last(x, rotation)) if facet == "token" else last.attn.qkv(last.norm1(x)).chunk(3, 2)[1]
         return x[:, 1 + self.registers:].transpose(1, 2).reshape(N, self.embed_dim, h, w)
 
 
