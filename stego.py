@@ -308,20 +308,18 @@ def linkage(sums, sizes, n_groups, threshold=-1.0):
     these two is not above the threshold. sums s: (m, C), of the vectors in each group; sizes: (m,). Returns
     (m,), the new group of each.
     """
-    sums, sizes = sums.double().clone(), sizes.double().clone()
-    group, left = torch.arange(len(sums)), torch.ones(len(sums), dtype=torch.bool)
-    for _ in range(len(sums) - n_groups):
-        products = sizes[:, None] * sizes
-        cosine = sums @ sums.T / products
-        cost = (1 - cosine) * (products / (sizes[:, None] + sizes)) ** (1 / 16)
-        cost[~left], cost[:, ~left] = torch.inf, torch.inf
-        i, j = divmod(int(cost.fill_diagonal_(torch.inf).argmin()), len(sums))
+    members = torch.eye(len(sums), dtype=torch.double)  # (groups left, m), 1 where a group holds one of the m
+    while len(members) > n_groups:
+        s, m = members @ sums.double(), members @ sizes.double()
+        products = m[:, None] * m
+        cosine = s @ s.T / products
+        cost = (1 - cosine) * (products / (m[:, None] + m)) ** (1 / 16)
+        i, j = sorted(divmod(int(cost.fill_diagonal_(torch.inf).argmin()), len(members)))
         if cosine[i, j] <= threshold:
             break
-        sums[i] += sums[j]
-        sizes[i] += sizes[j]
-        group[group == j], left[j] = i, False
-    return group.unique(return_inverse=True)[1]
+        members[i] += members[j]
+        members = torch.cat([members[:j], members[j + 1:]])
+    return members.argmax(0)
 
 
 def same_class_rates(F_self, F_knn, F_rand, pi_rand):
