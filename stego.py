@@ -426,8 +426,7 @@ class Record:
         pass
 
     def __setstate__(self, state):  # also keeps pickle from setting attributes of this class
-        if isinstance(state, dict):
-            vars(self).update(state)
+        self.state = state
 
 
 def stand_in(name):
@@ -650,21 +649,12 @@ AUTHORS_WEIGHTS = {
     "linear_probe.": "linear_probe.", "cluster_probe.clusters": "cluster_probe.centroids"}
 
 
-def plain(value):
-    """Settings without the nodes that omegaconf keeps them in: dicts, lists and scalars."""
-    if isinstance(value, Record):
-        fields = vars(value)  # of omegaconf's containers, of its leaves, or of something else
-        return plain(fields.get("_content", fields.get("_val", fields)))
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def from_authors(saved):
     """What save_checkpoint would write of a Lightning checkpoint of the authors', without training state."""
     state = {ours + key.removeprefix(theirs): value for key, value in saved["state_dict"].items()
              for theirs, ours in AUTHORS_WEIGHTS.items() if key.startswith(theirs)}
-    settings = plain(saved["hyper_parameters"])["cfg"]
+    nodes = saved["hyper_parameters"]["cfg"].state["_content"]  # omegaconf's, each with its value
+    settings = {key: node.state.get("_val") for key, node in nodes.items()}
     config = {ours: settings[theirs] for ours, theirs in AUTHORS_SETTINGS.items() if theirs in settings}
     config.update(
         data_root=None,  # theirs is a folder on the machine that trained it
