@@ -19,7 +19,6 @@ writing of models come last.
 import collections
 import contextlib
 import hashlib
-import http.client
 import io
 import json
 import math
@@ -409,6 +408,18 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
+def refusing(what):
+    """Turns any error within, as bytes from anywhere lead to any, into an InputError: `what` (the reason)."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise running the file as code
+            reason = "no tensors, or something besides tensors and plain values"
+        raise InputError(f"{what} ({reason:.300})") from error
+
+
+@contextlib.contextmanager
 def replacing(path):
     """Gives a temporary file name and then renames that file to `path`, which is so never half-written."""
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -457,7 +468,7 @@ def read_safetensors(path):
 
 def read_tensors(path):
     """What torch.save or safetensors wrote, on the CPU; runs no code from the file. Raises InputError."""
-    try:
+    with refusing(f"{path}: not a readable file of weights"):
         with open(path, "rb") as file:
             if file.read(9)[8:] == b"{":  # .safetensors: 8 bytes of length, then JSON
                 return read_safetensors(path)
@@ -465,26 +476,17 @@ def read_tensors(path):
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
         with torch.serialization.safe_globals([(stand_in(name), name) for name in names]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such file") from error
-    except Exception as error:  # bytes from anywhere lead to any kind of error
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise running the file as code
-            reason = "no tensors, or something besides tensors and plain values"
-        raise InputError(f"{path}: not a readable file of weights ({reason:.200})") from error
 
 
 def check_weights(state, path):
-    """Raises InputError unless `state` is str -> tensor of real numbers, no larger than the file `path`."""
-    if not isinstance(state, dict):
-        raise InputError(f"{path}: not a state dict of tensors, but of type {type(state).__name__}")
+    """Raises an error unless `state` is str -> tensor of real numbers, no larger than the file `path`."""
     others = [str(key) for key, value in state.items() if not (
         isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout is torch.strided
         and value.numel() > 0 and not value.is_complex() and not value.is_meta)]
     if others:
-        raise InputError(f"{path}: not a state dict of tensors, but {', '.join(others):.100}")
-    if sum(value.numel() * value.element_size() for value in state.values()) > os.path.getsize(path):
-        raise InputError(f"{path}: its tensors are larger than the file")  # with strides of 0
+        raise ValueError(f"not a state dict of tensors, but {', '.join(others):.100}")
+    if sum(value.nbytes for value in state.values()) > os.path.getsize(path):
+        raise ValueError("its tensors are larger than the file")  # with strides of 0
 
 
 # ---- Weights of the backbone, under the names of Meta, timm or transformers ----
@@ -553,29 +555,24 @@ def vit_from_state_dict(state, num_heads=None):
     """A VisionTransformer that holds `state`, its architecture read off the names and shapes.
 
     state: name -> tensor of a DINO, DINOv2 or DINOv3 ViT, named as by Meta, timm or transformers. num_heads
-    defaults to D // 64, as in every published model. Raises an InputError that names what does not fit.
+    defaults to D // 64, as in every published model. What does not fit raises an error, of whatever kind.
     """
-    found = ", ".join(state)
-    try:
-        state = meta_names(state)
-        D, _, p, _ = state["patch_embed.proj.weight"].shape
-        heads, scaled = num_heads or max(1, D // 64), "blocks.0.ls1.gamma" in state
-        rotary, swiglu = scaled and "pos_embed" not in state, "blocks.0.mlp.w1.weight" in state
-        if rotary:
-            state.setdefault("rope_embed.periods", rotary_periods(D // heads))
-        with torch.device("meta"):  # shapes alone, which take no memory
-            vit = VisionTransformer(
-                p, D, len({key.split(".")[1] for key in state if key.startswith("blocks.")}), heads,
-                image_size=p if rotary else p * math.isqrt(state["pos_embed"].shape[1] - 1),
-                registers=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
-                layer_scale=scaled, swiglu=swiglu, rotary=rotary,
-                hidden_dim=len(state["blocks.0.mlp.w1.weight" if swiglu else "blocks.0.mlp.fc1.weight"]))
-        vit.load_state_dict(state, assign=True)
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        if isinstance(error, KeyError):
-            reason = f"it lacks {error}, and holds {found:.150} ..."
-        raise InputError(f"no ViT of DINO, DINOv2 or DINOv3: {reason:.300}") from error
+    state = meta_names(state)
+    if "patch_embed.proj.weight" not in state:
+        raise ValueError(f"it holds no patch_embed.proj.weight, but {', '.join(state):.150} ...")
+    D, _, p, _ = state["patch_embed.proj.weight"].shape
+    heads, scaled = num_heads or max(1, D // 64), "blocks.0.ls1.gamma" in state
+    rotary, swiglu = scaled and "pos_embed" not in state, "blocks.0.mlp.w1.weight" in state
+    if rotary:
+        state.setdefault("rope_embed.periods", rotary_periods(D // heads))
+    with torch.device("meta"):  # shapes alone, which take no memory
+        vit = VisionTransformer(
+            p, D, len({key.split(".")[1] for key in state if key.startswith("blocks.")}), heads,
+            image_size=p if rotary else p * math.isqrt(state["pos_embed"].shape[1] - 1),
+            registers=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
+            layer_scale=scaled, swiglu=swiglu, rotary=rotary,
+            hidden_dim=len(state["blocks.0.mlp.w1.weight" if swiglu else "blocks.0.mlp.fc1.weight"]))
+    vit.load_state_dict(state, assign=True)
     return vit
 
 
@@ -587,14 +584,11 @@ def download(url):
     file = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not file.is_file():
         print(f"downloading {url}")
-        try:
+        with (refusing(f"cannot download {url}: get it another way, and give the file with --backbone FILE"),
+              replacing(file) as temporary):
             file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as temporary:
-                torch.hub.download_url_to_file(url, temporary)
-                read_tensors(temporary)  # torch.hub takes a broken connection for the end of the file
-        except (OSError, http.client.HTTPException, InputError) as error:
-            raise InputError(f"cannot download {url} ({error}); get these weights another way, and give the "
-                             "file with --backbone FILE") from error
+            torch.hub.download_url_to_file(url, temporary)
+            read_tensors(temporary)  # torch.hub takes a broken connection for the end of the file
     return file
 
 
@@ -611,14 +605,12 @@ def load_backbone(name_or_path, device="cpu"):
     if not file.is_file():
         raise InputError(f"backbone {name_or_path}: neither a file nor one of {', '.join(BACKBONES)}")
     state = read_tensors(file)
-    for key in ("teacher", "model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    try:
+    with refusing(f"backbone {name_or_path}: no ViT of DINO, DINOv2 or DINOv3"):
+        for key in ("teacher", "model", "state_dict"):
+            if isinstance(state.get(key), dict):
+                state = state[key]
         check_weights(state, file)
         vit = vit_from_state_dict(state)
-    except InputError as error:
-        raise InputError(f"backbone {name_or_path}: {error}") from error
     return vit.to(device).eval().requires_grad_(False)
 
 
@@ -668,7 +660,7 @@ def load_checkpoint(path, device="cpu"):
     The authors' have all that evaluation needs, but no refit_probe. Raises InputError for any other file.
     """
     saved = read_tensors(path)
-    try:
+    with refusing(f"{path}: neither a checkpoint of this program nor one of the authors' STEGO"):
         if "hyper_parameters" in saved:
             saved = from_authors(saved)
         state, config = saved["model"], dict(saved["config"])
@@ -682,7 +674,4 @@ def load_checkpoint(path, device="cpu"):
             if "refit_probe.centroids" in state:
                 model.refit_probe = ClusterProbe(*state["refit_probe.centroids"].shape[::-1])
         model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
-    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise InputError(f"{path}: neither a checkpoint of this program nor one of the authors' STEGO "
-                         f"({' '.join(str(error).split()):.200})") from error
     return model.to(device).eval(), config
