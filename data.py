@@ -32,7 +32,7 @@ from torchvision.datasets import Cityscapes
 from tqdm import tqdm
 
 from assets import scenes
-from stego import VOID, InputError, replacing
+from stego import VOID, InputError, refusing, replacing
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINO models expect
 RESIZE = TF.InterpolationMode.NEAREST  # for images, too, as in the authors' code, utils.py:176-180
@@ -72,7 +72,7 @@ def read_mat(path, key):
 
 def read_image(path):
     """The image as RGB, upright (EXIF), 16 bits cut to the upper 8. Raises InputError naming the file."""
-    try:
+    with refusing(f"{path}: not a readable image"):
         if Path(path).suffix == ".mat":  # Potsdam's also hold infrared, which the authors leave out
             return Image.fromarray(np.ascontiguousarray(read_mat(path, "img")[..., :3]))
         with Image.open(path) as image:
@@ -83,13 +83,11 @@ def read_image(path):
                 image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
             # A palette may hold transparent colours, which only RGBA keeps.
             return image.convert("RGBA" if image.mode == "P" else image.mode).convert("RGB")
-    except Exception as error:  # Pillow's plugins complain in a dozen ways
-        raise InputError(f"{path}: not a readable image ({str(error) or repr(error)})") from error
 
 
 def read_label(path):
     """The ids in a label file as they are, (H, W) of some integer type. Raises InputError naming the file."""
-    try:
+    with refusing(f"{path}: not a readable label"):
         if Path(path).suffix == ".mat":
             ids = read_mat(path, "gt")
         else:
@@ -98,8 +96,6 @@ def read_label(path):
         if ids.ndim != 2 or ids.dtype.kind not in "uib":
             raise ValueError(f"it holds {ids.dtype} {ids.shape}, not one class id a pixel")
         return ids
-    except Exception as error:
-        raise InputError(f"{path}: not a readable label ({str(error) or repr(error)})") from error
 
 
 class Collection:

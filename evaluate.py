@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import data
 import stego
 from crf import dense_crf
-from stego import VOID, ClusterProbe, InputError
+from stego import VOID, ClusterProbe, InputError, refusing
 
 # Rows of the table: k-means on features and on finished codes, and the probes trained beside the head.
 RAW, REFIT, ONLINE, LINEAR = "k-means on features", "k-means on codes", "cluster probe", "linear probe"
@@ -532,11 +532,9 @@ def write_legend(path, names, colours, share=()):
 def read_legend(path, n_clusters):
     """(names, colours) of the clusters from clusters.json, which a person may edit, or else by number."""
     names, colours = [f"cluster {k}" for k in range(n_clusters)], data.class_palette(n_clusters).copy()
-    try:
+    with refusing(f"{path}: not a list of clusters as training writes it"):
         for k, entry in json.loads(path.read_text("utf-8")).items() if path.is_file() else ():
             names[int(k)], colours[int(k)] = " ".join(str(entry["name"]).split()), entry["color"]
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise InputError(f"{path}: not a list of clusters as training writes it ({error!r})") from error
     return names, colours
 
 
