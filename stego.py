@@ -667,10 +667,9 @@ def load_checkpoint(path, device="cpu"):
         check_weights(state, path)
         backbone = vit_from_state_dict({key.removeprefix("backbone."): value for key, value in state.items()
                                         if key.startswith("backbone.")}, saved["num_heads"])
-        n_classes = len(state["linear_probe.weight"]) if "linear_probe.weight" in state else None
         with torch.device("meta"):  # shapes alone, which take no memory
-            model = Stego(backbone, *state["cluster_probe.centroids"].shape[::-1], n_classes,
-                          dropout=saved["dropout"], facet=saved["facet"])
+            model = Stego(backbone, *state["cluster_probe.centroids"].shape[::-1],
+                          len(state.get("linear_probe.weight", ())), saved["dropout"], saved["facet"])
             if "refit_probe.centroids" in state:
                 model.refit_probe = ClusterProbe(*state["refit_probe.centroids"].shape[::-1])
         model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
