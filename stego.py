@@ -46,13 +46,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, rotation=None):
-        N, T, D = x.shape
-        qkv = self.qkv(x).reshape(N, T, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, T, D / heads) each
+        q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, T, D / heads)
+                   for part in self.qkv(x).chunk(3, 2))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         x = nnf.scaled_dot_product_attention(q, k, v)  # (N, heads, T, D / heads)
-        return self.proj(x.transpose(1, 2).reshape(N, T, D))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 def rotate(x, cos, sin):
