@@ -330,10 +330,8 @@ def same_class_rates(F_self, F_knn, F_rand, pi_rand):
 
     F_self, F_knn, F_rand: at random pairs of points. Returns (pi_self, pi_knn, pi_rand), none below pi_rand.
     """
-    m = F_rand.median()
-    below = F_rand.le(m).float().mean()
-    rates = [1 - (1 - pi_rand) * (F.le(m).float().mean() / below).item() for F in (F_self, F_knn)]
-    return max(pi_rand, rates[0]), max(pi_rand, rates[1]), pi_rand
+    below = [F.le(F_rand.median()).float().mean() for F in (F_self, F_knn, F_rand)]
+    return tuple(max(pi_rand, 1 - (1 - pi_rand) * (share / below[2]).item()) for share in below)
 
 
 # ---- Probes, trained on detached codes: they read the codes and teach the head nothing ----
