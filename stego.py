@@ -143,8 +143,8 @@ class VisionTransformer(nn.Module):
         """
         periods = self.rope_embed.periods
         y, x = (2 * (torch.arange(n, device=periods.device) + 0.5) / n - 1 for n in (h, w))
-        positions = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).reshape(h * w, 2, 1)
-        angles = (2 * math.pi * positions / periods).reshape(h * w, -1).repeat(1, 2)  # (h w, D / heads)
+        positions = torch.cartesian_prod(y, x)[:, :, None]  # (h w, 2, 1)
+        angles = (2 * math.pi * positions / periods).flatten(1).repeat(1, 2)  # (h w, D / heads)
         angles = nnf.pad(angles, (0, 0, 1 + self.registers, 0))  # (1 + registers + h w, D / heads)
         return angles.cos(), angles.sin()
 
