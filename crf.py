@@ -45,10 +45,9 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
     image, probs = np.asarray(image), np.asarray(probs)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
-    if probs.ndim != 3 or probs.shape[1:] != image.shape[:2]:
-        raise ValueError(f"probs must be (C, H, W) for an image of {image.shape[:2]}, got {probs.shape}")
-    if not np.issubdtype(probs.dtype, np.floating) or not np.isfinite(probs).all():
-        raise ValueError(f"probs must be finite floats, got {probs.dtype} or values that are not finite")
+    if probs.shape[1:] != image.shape[:2] or probs.dtype.kind != "f" or not np.isfinite(probs).all():
+        raise ValueError(f"probs must be (C, H, W) finite floats for an image of {image.shape[:2]}, got "
+                         f"{probs.shape} {probs.dtype}, or values that are not finite")
 
     n_classes, height, width = probs.shape
     kernels = []
