@@ -450,9 +450,8 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
                      "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def read_safetensors(path):
-    """The tensors of a .safetensors file: the length of a JSON header, the header, then their bytes."""
-    content = np.memmap(path, np.uint8, "c")
+def read_safetensors(content):
+    """The tensors of a .safetensors file, (bytes,): the length of a JSON header, the header, their bytes."""
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
     header, data, tensors = json.loads(content[8:start].tobytes()), torch.from_numpy(content[start:]), {}
     header.pop("__metadata__", None)
@@ -466,9 +465,9 @@ def read_safetensors(path):
 def read_tensors(path):
     """What torch.save or safetensors wrote, on the CPU; runs no code from the file. Raises InputError."""
     with refusing(f"{path}: not a readable file of weights"):
-        with open(path, "rb") as file:
-            if file.read(9)[8:] == b"{":  # .safetensors: 8 bytes of length, then JSON
-                return read_safetensors(path)
+        content = np.memmap(path, np.uint8, "c")
+        if content[8:9].tobytes() == b"{":  # .safetensors: 8 bytes of length, then JSON
+            return read_safetensors(content)
         # Old files, which are not zip files, may hold only tensors and plain data: torch.load sees to it.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
         with torch.serialization.safe_globals([(stand_in(name), name) for name in names]):
@@ -489,7 +488,7 @@ def check_weights(state, path):
 # ---- Weights of the backbone, under the names of Meta, timm or transformers ----
 
 META_URL = "https://dl.fbaipublicfiles.com/"
-TIMM_URL = "https://huggingface.co/timm/vit_{}_patch16_dinov3{}.lvd1689m/resolve/main/model.safetensors"
+TIMM_URL = "https://huggingface.co/timm/vit_{}_patch16_dinov3_qkvb.lvd1689m/resolve/main/model.safetensors"
 BACKBONES = {  # name -> address or file of the weights
     "vit_tiny_scenes": Path(__file__).parent / "assets/vit_tiny_scenes.pth",  # embedded
     **{f"dino_{name}": f"{META_URL}dino/dino_{long}_pretrain/dino_{long}_pretrain.pth" for name, long in (
@@ -497,7 +496,7 @@ BACKBONES = {  # name -> address or file of the weights
         ("vitb16", "vitbase16"), ("vitb8", "vitbase8"))},
     **{f"dinov2_{vit}{reg[:4]}": f"{META_URL}dinov2/dinov2_{vit}/dinov2_{vit}{reg}_pretrain.pth"
        for vit in ("vits14", "vitb14", "vitl14") for reg in ("", "_reg4")},
-    **{f"dinov3_{name}": TIMM_URL.format(long, "_qkvb") for name, long in (  # Meta's own are behind a form
+    **{f"dinov3_{name}": TIMM_URL.format(long) for name, long in (  # Meta's own are behind a form
         ("vits16", "small"), ("vits16plus", "small_plus"), ("vitb16", "base"), ("vitl16", "large"))},
 }
 RENAMES = [  # regular expressions, applied in this order: names of transformers and timm -> Meta's
