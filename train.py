@@ -25,7 +25,7 @@ import torch.distributed as dist
 import data
 import evaluate
 import stego
-from stego import InputError
+from stego import InputError, refusing
 
 # The settings of the paper's results, checked against the authors' configuration file and their checkpoints.
 # "scenes" is ours, the embedded default.
@@ -192,11 +192,8 @@ def main():
         saved = stego.read_tensors(checkpoint)
         state, training = saved["model"], saved["training"]
         old_centroids = state.pop("refit_probe.centroids", None)
-        if {key: value.shape for key, value in state.items()} != {
-                key: value.shape for key, value in model.state_dict().items()}:
-            raise InputError(f"--resume {args.resume}: backbone, --code-dim, --num-clusters and the classes "
-                             "must stay as they were")
-        model.load_state_dict(state)
+        with refusing("--resume: backbone, --code-dim, --num-clusters and classes must stay as they were"):
+            model.load_state_dict(state)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": training["optimizer"]["state"]})
         first_step, rows = training["step"], training["rows"]
         for left in folder.glob("*.tmp") if rank == 0 else ():  # by a process killed while writing
