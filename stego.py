@@ -410,10 +410,10 @@ def refusing(what):
     try:
         yield
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         if isinstance(error, pickle.UnpicklingError):  # torch's own words advise running the file as code
             reason = "no tensors, or something besides tensors and plain values"
-        raise InputError(f"{what} ({reason:.300})") from error
+        raise InputError(f"{what} ({' '.join(reason.split()):.300})") from error
 
 
 @contextlib.contextmanager
@@ -544,11 +544,12 @@ def meta_names(state):
     return named
 
 
+@refusing("no ViT of DINO, DINOv2 or DINOv3")
 def vit_from_state_dict(state, num_heads=None):
     """A VisionTransformer that holds `state`, its architecture read off the names and shapes.
 
     state: name -> tensor of a DINO, DINOv2 or DINOv3 ViT, named as by Meta, timm or transformers. num_heads
-    defaults to D // 64, as in every published model. What does not fit raises an error, of whatever kind.
+    defaults to D // 64, as in every published model. Raises an InputError that says what does not fit.
     """
     state = meta_names(state)
     if "patch_embed.proj.weight" not in state:
@@ -598,7 +599,7 @@ def load_backbone(name_or_path, device="cpu"):
     if not file.is_file():
         raise InputError(f"backbone {name_or_path}: neither a file nor one of {', '.join(BACKBONES)}")
     state = read_tensors(file)
-    with refusing(f"backbone {name_or_path}: no ViT of DINO, DINOv2 or DINOv3"):
+    with refusing(f"backbone {name_or_path}: no usable weights"):
         for key in ("teacher", "model", "state_dict"):
             if isinstance(state.get(key), dict):
                 state = state[key]
