@@ -497,32 +497,23 @@ def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, w
 
     def read(i):
         labels = label_views(collection, i, size, crop) if "labels" in out else np.empty(0)
-        return image_views(collection, i, size, crop), labels
+        return np.arange(i * v, (i + 1) * v), image_views(collection, i, size, crop), labels
 
-    def computed():
-        decoded, at_once = in_threads(read, todo, workers), max(1, views_at_once // v)
-        for start in range(0, len(todo), at_once):
-            images = todo[start:start + at_once]
-            pixels, labels = map(np.concatenate, zip(*itertools.islice(decoded, len(images))))
+    # To write a batch takes a few hundredths of a second, so nothing but decoding goes on beside the network.
+    decoded, at_once = in_threads(read, todo, workers), max(1, views_at_once // v)
+    with progress(None, "features", "image", len(mine), len(mine) - len(todo), rank) as bar:
+        while batch := list(itertools.islice(decoded, at_once)):
+            rows, pixels, labels = map(np.concatenate, zip(*batch))
             maps = compute(pixels)
             half = maps.half().permute(0, 2, 3, 1)  # (N, h, w, D)
             if not torch.isfinite(half).all():
-                raise InputError(f"{collection.images[images[0]]} or the {len(images) - 1} images after it: "
+                raise InputError(f"{collection.images[rows[0] // v]} or the {len(batch) - 1} images after it: "
                                  "the backbone gives features that are not finite in float16")
-            vectors = maps.mean((2, 3)).cpu().numpy()
-            yield images, {"vectors": vectors, "maps": half.cpu().numpy(), "labels": labels}
-
-    def write(batch):
-        images, values = batch
-        rows = (images[:, None] * v + np.arange(v)).ravel()
-        for name, array in out.items():
-            array[rows] = values[name]
-        done[images] = True
-        return len(images)
-
-    with progress(None, "features", "image", len(mine), len(mine) - len(todo), rank) as bar:
-        for n_images in in_threads(write, computed(), workers=1, ahead=1):  # beside the next batch
-            bar.update(n_images)
+            values = {"vectors": maps.mean((2, 3)).cpu(), "maps": half.cpu(), "labels": labels}
+            for name, array in out.items():
+                array[rows] = values[name]
+            done[rows // v] = True
+            bar.update(len(batch))
 
 
 @torch.no_grad()
