@@ -183,10 +183,7 @@ def main():
 
     # ---- the run's folder ----
     free = next(i for i in itertools.count(1) if not Path("runs", f"{args.dataset}-{i}").exists())
-    name = [args.resume or args.name or f"{args.dataset}-{free}"]
-    if world > 1:  # the first process's replaces what is in the list
-        dist.broadcast_object_list(name)
-    folder = Path("runs", name[0])
+    folder = Path("runs", args.resume or args.name or f"{args.dataset}-{free}")
     checkpoint, first_step, rows, old_centroids = folder / "checkpoint.pt", 0, [], None
     if args.resume:
         saved = stego.read_tensors(checkpoint)
@@ -200,19 +197,19 @@ def main():
             left.unlink()
         print(f"resumed at step {first_step}")
     elif rank == 0 and checkpoint.exists():
-        raise InputError(f"{folder} holds a run: go on with it by --resume {name[0]}, or give another --name")
+        raise InputError(f"{folder} holds a run: go on with it by --resume {args.name}, or give another name")
 
     def save(step):
         """Writes the checkpoint and the log. Raises InputError if the weights are not finite."""
         if not all(torch.isfinite(parameter).all() for parameter in trained):
             raise InputError(f"step {step}: the weights are not finite; lower --lr or --probe-lr (the last "
                              "checkpoint is kept)")
-        if rank == 0:
+        if rank == 0:  # the only one that writes into the folder
+            folder.mkdir(parents=True, exist_ok=True)
             state = optimizer.state_dict()
             stego.save_checkpoint(checkpoint, model, vars(args), step=step, rows=rows, optimizer=state)
             data.write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
-    folder.mkdir(parents=True, exist_ok=True)
     save(first_step)  # from here on the run can be resumed
     settings = ", ".join(f"{key} {value}" for key, value in vars(args).items() if value is not None)
     print(textwrap.fill(f"{folder} on {world} x {device}: {settings}", 110))
