@@ -225,12 +225,10 @@ def main():
         torch.cuda.empty_cache()
         if features.maps.nbytes < torch.cuda.mem_get_info(device)[0] / 2:  # no step waits for disk or bus
             features = features._replace(maps=features.maps.to(device))
-    k = min(args.neighbors, n - 1)
-    if rank == 0:  # the others read what it wrote
-        data.cached_neighbors(features, k, device)
+    neighbors = [data.cached_neighbors(features, min(args.neighbors, n - 1), device) if rank == 0 else None]
     if world > 1:
-        dist.barrier()
-    neighbors = data.cached_neighbors(features, k, device)
+        dist.broadcast_object_list(neighbors)
+    neighbors = neighbors[0]
 
     # ---- shifts: the feature correspondence above which a pair attracts ----
     sample_pairs = functools.partial(evaluate.correspondences, features, neighbors, model.head, device,
