@@ -313,11 +313,10 @@ def test_a_finished_run_is_not_overwritten(workplace, monkeypatch, told):
         assert (workplace / f"runs/directory-{number}/scores.json").is_file()
 
 
-@pytest.mark.parametrize("steps, words", [
-    ("12", "step 10: the loss is not finite"), ("5", "step 5: the weights are not finite")])
-def test_a_run_without_numbers_stops_and_keeps_its_checkpoint(steps, words, workplace, monkeypatch, told):
+@pytest.mark.parametrize("steps", ["5", "12"])  # 12 are enough for a line of the log
+def test_a_run_without_numbers_stops_and_keeps_its_checkpoint(steps, workplace, monkeypatch, told):
     error = told(*IMAGES, "--name", "t", "--lr", "inf", "--steps", steps)
-    assert words in error and "lower --lr" in error
+    assert f"step {steps}: the weights are not finite" in error and "lower --lr" in error and not log_of("t")
     assert all(torch.isfinite(value).all() for value in weights(workplace / "runs/t").values())
     train_here(monkeypatch, "--resume", "t", "--lr", "0.0005", "--steps", "12")
     train_here(monkeypatch, *IMAGES, "--name", "good")
