@@ -109,10 +109,7 @@ def parse_args():
 
     given, _ = parser.parse_known_args()
     if given.resume:
-        checkpoint = Path("runs", given.resume, "checkpoint.pt")
-        if not checkpoint.is_file():
-            raise InputError(f"--resume {given.resume}: there is no {checkpoint}")
-        parser.set_defaults(**stego.read_tensors(checkpoint)["config"])
+        parser.set_defaults(**stego.read_tensors(Path("runs", given.resume, "checkpoint.pt"))["config"])
     elif given.preset:
         parser.set_defaults(**PRESETS[given.preset])
     elif not given.data_root and given.dataset in (None, "scenes"):
