@@ -8,7 +8,6 @@ import collections
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -290,8 +289,6 @@ def published(dataset, root, split):
     needs = f"--dataset {dataset} needs --data-root FOLDER with {needed} in it; {layout.source}"
     if not root or not Path(root).is_dir():
         raise InputError(f"{root}: there is no such folder; {needs}" if root else needs)
-    if layout.image.endswith(".mat") and not importlib.util.find_spec("scipy"):
-        raise InputError(f"--dataset {dataset}: its .mat files take scipy to read: pip install scipy")
     folder = Path(root, dataset.rstrip("0123456789"))
     folder = folder if folder.is_dir() else Path(root)
     if layout.lists[split]:
