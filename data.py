@@ -149,8 +149,7 @@ def check_files(collections, workers, rank=0):
     checks = progress(in_threads(problem, items, workers), "checking files", "image", len(items), rank=rank)
     bad = [sentence for sentence in checks if sentence]
     if bad:
-        more = f"; and {len(bad) - 10:,} more" if len(bad) > 10 else ""
-        raise InputError(f"bad files ({len(bad):,}), to be fixed or removed: {'; '.join(bad[:10])}{more}")
+        raise InputError(f"bad files ({len(bad):,}), to be fixed or removed: {'; '.join(bad[:10])}")
 
 
 @functools.cache
