@@ -361,29 +361,28 @@ def square_view(image, size):
     return TF.center_crop(TF.resize(image, size, RESIZE), size)
 
 
-def views(image, size, crop="none", which=None):
+def views(image, size, crop="none"):
     """Square views of a PIL image, (v, size, size) or (v, size, size, 3) uint8.
 
     crop: "none" for the centre; "five", as in the authors' crop_datasets.py, for the four corners and the
-    centre at half the height and width, each then resized and cropped by itself. which: this view alone.
+    centre at half the height and width, each then resized and cropped by itself.
     """
     parts = [image]
     if crop == "five":
         parts = TF.five_crop(image, (max(1, image.height // 2), max(1, image.width // 2)))
-    chosen = parts if which is None else [parts[which]]
-    return np.stack([np.asarray(square_view(part, size)) for part in chosen])
+    return np.stack([np.asarray(square_view(part, size)) for part in parts])
 
 
-def image_views(collection, i, size, crop="none", which=None):
+def image_views(collection, i, size, crop="none"):
     """Views of image i, (v, 3, size, size) uint8."""
-    return np.ascontiguousarray(views(collection.image(i), size, crop, which).transpose(0, 3, 1, 2))
+    return np.ascontiguousarray(views(collection.image(i), size, crop).transpose(0, 3, 1, 2))
 
 
-def label_views(collection, i, size, crop="none", which=None):
+def label_views(collection, i, size, crop="none"):
     """Views of the label of image i, (v, size, size) uint8, all VOID if it has none."""
     label = collection.label(i)
     label = np.full((2, 2), VOID, np.uint8) if label is None else label
-    return views(Image.fromarray(label), size, crop, which)
+    return views(Image.fromarray(label), size, crop)
 
 
 @functools.cache  # so that a GPU waits for these numbers only once
@@ -468,8 +467,8 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
         return Features(found["maps"].permute(0, 3, 1, 2), found["vectors"], found.get("labels"), folder)
 
     def rows(read, numbers):
-        parts = in_threads(lambda j: read(collection, j // v, size, crop, j % v), numbers, workers)
-        return np.concatenate(list(parts))
+        parts = in_threads(lambda j: read(collection, j // v, size, crop)[j % v], numbers, workers)
+        return np.stack(list(parts))
 
     maps = Live((n, D, side, side), lambda numbers: compute(rows(image_views, numbers)))
     labels = Live((n, size, size), lambda numbers: torch.from_numpy(rows(label_views, numbers)))

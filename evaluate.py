@@ -736,7 +736,7 @@ def draw_clusters(path, collection, views, clusters, names, colours, size, crop,
                                     ImageFont.load_default(22), "mm", stroke_width=2, stroke_fill="black")
         rows.append([np.asarray(swatch)])
         for i in in_view[:, k].topk(min(n_shown, len(views))).indices.tolist():
-            view = data.image_views(collection, int(views[i]) // v, size, crop, int(views[i]) % v)[0]
+            view = data.image_views(collection, int(views[i]) // v, size, crop)[int(views[i]) % v]
             mask = Image.fromarray((clusters[i] == k).numpy()).resize((size, size), NEAREST)
             rows[-1].append((view.transpose(1, 2, 0) * np.where(mask, 1, 0.35)[..., None]).astype(np.uint8))
     titles = ["cluster", *(f"view {i + 1}" for i in range(len(rows[0]) - 1))]
@@ -780,8 +780,8 @@ def draw_heatmaps(path, model, collection, neighbors, size, crop, n_images=5):
     """
     device, v, rows = next(model.head.parameters()).device, len(neighbors) // len(collection), []
     for n in np.linspace(0, len(neighbors) - 1, min(n_images, len(neighbors))).round().astype(int).tolist():
-        pair = [data.image_views(collection, m // v, size, crop, m % v) for m in (n, int(neighbors[n, 0]))]
-        pixels = torch.from_numpy(np.concatenate(pair))  # (2, 3, size, size)
+        pair = [data.image_views(collection, m // v, size, crop)[m % v] for m in (n, int(neighbors[n, 0]))]
+        pixels = torch.from_numpy(np.stack(pair))  # (2, 3, size, size)
         features = model.features(data.normalize(pixels.to(device)))  # (2, D, h, w)
         image, neighbor = map(TF.to_pil_image, pixels)
         (h, w), r = features.shape[2:], max(3, size // 40)
