@@ -283,13 +283,8 @@ def published(dataset, root, split):
     layout = LAYOUTS[dataset]
     if split not in layout.lists:
         raise InputError(f"--split {split}: {dataset} has {', '.join(layout.lists)}")
-    needed = ", ".join(filter(None, (layout.image, layout.label, *layout.lists.values())))
-    needed = needed.replace("{split}", "{train,val}").replace("{id}", "*")
-    needs = f"--dataset {dataset} needs --data-root FOLDER with {needed} in it; {layout.source}"
-    if not root or not Path(root).is_dir():
-        raise InputError(f"{root}: there is no such folder; {needs}" if root else needs)
-    folder = Path(root, dataset.rstrip("0123456789"))
-    folder = folder if folder.is_dir() else Path(root)
+    folder = Path(root or ".", dataset.rstrip("0123456789"))
+    folder = folder if folder.is_dir() else folder.parent
     if layout.lists[split]:
         path = folder / layout.lists[split]
         ids = path.read_text("utf-8", errors="replace").split() if path.is_file() else []
@@ -303,8 +298,11 @@ def published(dataset, root, split):
     labels = [None] * len(ids) if split.startswith("unlabelled") else labels
     missing = [path for path in images + labels if path and not path.is_file()]
     if missing or not ids:
-        raise InputError(f"missing files ({len(missing):,}), such as {missing[0]}; {needs}" if missing else
-                         f"{folder}: no images of the split {split}; {needs}")
+        lacking = f"missing files ({len(missing):,}), such as {missing[0]}" if missing else (
+            f"{folder}: no images of the split {split}")
+        needed = ", ".join(filter(None, (layout.image, layout.label, *layout.lists.values())))
+        raise InputError(f"{lacking}; --dataset {dataset} needs --data-root FOLDER with "
+                         f"{needed.format(split='{train,val}', id='*')} in it; {layout.source}")
     return Collection(folder, split, images, labels, layout.names, layout.classes, layout.palette)
 
 
