@@ -493,20 +493,19 @@ def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, w
         return np.arange(i * v, (i + 1) * v), image_views(collection, i, size, crop), labels
 
     # To write a batch takes a few hundredths of a second, so nothing but decoding goes on beside the network.
-    decoded, at_once = in_threads(read, todo, workers), max(1, views_at_once // v)
-    with progress(None, "features", "image", len(mine), len(mine) - len(todo), rank) as bar:
-        while batch := list(itertools.islice(decoded, at_once)):
-            rows, pixels, labels = map(np.concatenate, zip(*batch))
-            maps = compute(pixels)
-            half = maps.half().permute(0, 2, 3, 1)  # (N, h, w, D)
-            if not torch.isfinite(half).all():
-                raise InputError(f"{collection.images[rows[0] // v]} or the {len(batch) - 1} images after it: "
-                                 "the backbone gives features that are not finite in float16")
-            values = {"vectors": maps.mean((2, 3)).cpu(), "maps": half.cpu(), "labels": labels}
-            for name, array in out.items():
-                array[rows] = values[name]
-            done[rows // v] = True
-            bar.update(len(batch))
+    decoded = iter(progress(in_threads(read, todo, workers), "features", "image", len(mine),
+                            len(mine) - len(todo), rank))
+    while batch := list(itertools.islice(decoded, max(1, views_at_once // v))):
+        rows, pixels, labels = map(np.concatenate, zip(*batch))
+        maps = compute(pixels)
+        half = maps.half().permute(0, 2, 3, 1)  # (N, h, w, D)
+        if not torch.isfinite(half).all():
+            raise InputError(f"{collection.images[rows[0] // v]} or the {len(batch) - 1} images after it: "
+                             "the backbone gives features that are not finite in float16")
+        values = {"vectors": maps.mean((2, 3)).cpu(), "maps": half.cpu(), "labels": labels}
+        for name, array in out.items():
+            array[rows] = values[name]
+        done[rows // v] = True
 
 
 @torch.no_grad()
