@@ -489,8 +489,8 @@ def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, w
     todo = mine[~done[mine]]
 
     def read(i):
-        labels = label_views(collection, i, size, crop) if "labels" in out else np.empty(0)
-        return np.arange(i * v, (i + 1) * v), image_views(collection, i, size, crop), labels
+        rows = np.arange(i * v, (i + 1) * v)
+        return rows, image_views(collection, i, size, crop), label_views(collection, i, size, crop)
 
     # To write a batch takes a few hundredths of a second, so nothing but decoding goes on beside the network.
     decoded = iter(progress(in_threads(read, todo, workers), "features", "image", len(mine),
