@@ -152,7 +152,6 @@ def check_files(collections, workers, rank=0):
         raise InputError(f"bad files ({len(bad):,}), to be fixed or removed: {'; '.join(bad[:10])}")
 
 
-@functools.cache
 def class_palette(n):
     """Colours of n classes, (n, 3) uint8: always the same, all distinct, neither black (= void) nor white."""
     # The first seven are the palette of Okabe and Ito; the others were picked to differ from them and from

@@ -531,7 +531,7 @@ def write_legend(path, names, colours, share=()):
 
 def read_legend(path, n_clusters):
     """(names, colours) of the clusters from clusters.json, which a person may edit, or else by number."""
-    names, colours = [f"cluster {k}" for k in range(n_clusters)], data.class_palette(n_clusters).copy()
+    names, colours = [f"cluster {k}" for k in range(n_clusters)], data.class_palette(n_clusters)
     with refusing(f"{path}: not a list of clusters as training writes it"):
         for k, entry in json.loads(path.read_text("utf-8")).items() if path.is_file() else ():
             names[int(k)], colours[int(k)] = " ".join(str(entry["name"]).split()), entry["color"]
