@@ -180,11 +180,11 @@ def main():
     # ---- the run's folder ----
     free = next(i for i in itertools.count(1) if not Path("runs", f"{args.dataset}-{i}").exists())
     folder = Path("runs", args.resume or args.name or f"{args.dataset}-{free}")
-    checkpoint, first_step, rows, old_centroids = folder / "checkpoint.pt", 0, [], None
+    checkpoint, first_step, rows, old_centroids = folder / "checkpoint.pt", 0, [], torch.empty(0)
     if args.resume:
         saved = stego.read_tensors(checkpoint)
         state, training = saved["model"], saved["training"]
-        old_centroids = state.pop("refit_probe.centroids", None)
+        old_centroids = state.pop("refit_probe.centroids", old_centroids)
         with refusing("--resume: backbone, --code-dim, --num-clusters and classes must stay as they were"):
             model.load_state_dict(state)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": training["optimizer"]["state"]})
@@ -336,7 +336,7 @@ def main():
                                             world)
     if rank == 0:
         named = folder / "clusters.json"  # as someone may have edited it
-        if named.is_file() and (old_centroids is None or not torch.equal(old_centroids, centroids[1])):
+        if named.is_file() and not torch.equal(old_centroids, centroids[1]):
             aside = folder / f"clusters-{first_step}.json"  # a name of its own each time the run goes on
             os.replace(named, aside)
             print(f"the clusters are new; the names of those before are in {aside}")
