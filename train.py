@@ -69,7 +69,8 @@ def parse_args():
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=data.DATASETS, help="if not given: directory, or scenes without --data-root")
-    add("--data-root", help="where the images are: imgs/{train,val}, or just images; see README.md")
+    add("--data-root", type=os.path.abspath,  # as a run can be evaluated from another folder
+        help="where the images are: imgs/{train,val}, or just images; see README.md")
     add("--num-classes", type=int, help="kinds of things to tell apart, in a directory without classes.txt")
     add("--resolution", type=int, default=224, help="side of the training views in pixels")
     add("--eval-resolution", type=int, default=320, help="side of the evaluated views in pixels")
@@ -116,10 +117,8 @@ def parse_args():
         parser.set_defaults(**PRESETS["scenes"])
     args = parser.parse_args()
     args.dataset = args.dataset or "directory"
-    if args.data_root:
-        args.data_root = os.path.abspath(args.data_root)  # a run can be evaluated from another folder
-        if not Path(args.data_root, "classes.txt").is_file():
-            args.num_classes = args.num_classes or args.num_clusters
+    if args.data_root and not Path(args.data_root, "classes.txt").is_file():
+        args.num_classes = args.num_classes or args.num_clusters
     return args
 
 
