@@ -412,7 +412,7 @@ class Features(NamedTuple):
     """Frozen features of N views, v of each image: view n is view n % v of image n // v."""
     maps: torch.Tensor | Live  # (N, D, h, w), a float16 memory map or Live
     vectors: torch.Tensor  # (N, D), the mean feature of each view
-    labels: torch.Tensor | Live | None  # (N, size, size) uint8, None where the collection has none
+    labels: torch.Tensor | Live  # (N, size, size) uint8, all VOID where the collection has none
     folder: Path
 
 
@@ -461,7 +461,8 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
         os.rename(f"{folder}.partial", folder)
     found = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in arrays}
     if not live:
-        return Features(found["maps"].permute(0, 3, 1, 2), found["vectors"], found.get("labels"), folder)
+        labels = found.get("labels", torch.full((1, 1, 1), VOID, dtype=torch.uint8).expand(n, size, size))
+        return Features(found["maps"].permute(0, 3, 1, 2), found["vectors"], labels, folder)
 
     def rows(read, numbers):
         parts = in_threads(lambda j: read(collection, j // v, size, crop)[j % v], numbers, workers)
@@ -469,7 +470,7 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
 
     maps = Live((n, D, side, side), lambda numbers: compute(rows(image_views, numbers)))
     labels = Live((n, size, size), lambda numbers: torch.from_numpy(rows(label_views, numbers)))
-    return Features(maps, found["vectors"], labels if collection.has_labels else None, folder)
+    return Features(maps, found["vectors"], labels, folder)
 
 
 def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, world, views_at_once=32):

@@ -223,11 +223,9 @@ def correspondences(features, neighbors, head, device, center=False, dropout=0.0
             points = 2 * torch.rand(len(images), n_points, n_points, 2, generator=generator) - 1
             maps, at = features.maps[indices].to(device).float(), points.to(device)
             f_b, s_b = stego.sample(nnf.dropout2d(maps, dropout), at), stego.sample(head(maps), at)
-            label_b = torch.full((len(images), 1, n_points, n_points), VOID)
-            if features.labels is not None:  # there -1 and 1 are the image's edges, not patch centres
-                points = points * (1 - 1 / torch.tensor([maps.shape[3], maps.shape[2]]))
-                labels = features.labels[indices][:, None].float()  # (N, 1, H, W)
-                label_b = nnf.grid_sample(labels, points, mode="nearest", align_corners=False)
+            labels = features.labels[indices][:, None].float()  # (N, 1, H, W)
+            points = points * (1 - 1 / torch.tensor([maps.shape[3], maps.shape[2]]))  # -1 and 1 are its edges
+            label_b = nnf.grid_sample(labels, points, mode="nearest", align_corners=False)
             if term == "self":
                 f_a, s_a, label_a = f_b, s_b, label_b
             F, S = stego.feature_correspondence(f_a, f_b, center), stego.correlation(s_a, s_b)

@@ -250,13 +250,12 @@ def main():
 
     # ---- the loop: reads features, never images. Every random number is a function of seed and step ----
     def read(step):
-        """x and x^knn (N, D, h, w) and the labels of x (N, H, W), if any: this process's share of a batch."""
+        """x and x^knn (N, D, h, w) and the labels of x (N, H, W): this process's share of a batch."""
         if isinstance(features.maps, torch.Tensor):  # reading needs no more, and more would disturb the step
             torch.set_num_threads(1)  # of this thread
         batch, batch_knn = draw_batch(step, neighbors, args.batch_size, args.seed)
         batch, batch_knn = batch[rank::world], batch_knn[rank::world]
-        tensors = [features.maps[batch], features.maps[batch_knn]]
-        tensors.append(features.labels[batch] if train.has_labels else torch.empty(0))
+        tensors = [features.maps[batch], features.maps[batch_knn], features.labels[batch]]
         if device.type == "cuda":  # pinned memory is copied to the GPU while it computes
             tensors = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
         return tensors

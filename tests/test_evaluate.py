@@ -106,7 +106,8 @@ def test_correspondences_know_the_classes_of_their_points():
         assert 0.1 < (same == -1).float().mean() < 0.5  # pairs with a void point
         assert ((F > 0.5 ** 0.5) == same)[same >= 0].float().mean() > 0.99  # but for points right at an edge
     assert [*found] == ["self", "knn", "rand"]
-    found = evaluate.correspondences(features._replace(labels=None), neighbors, torch.neg, "cpu", center=True)
+    void = features._replace(labels=torch.full_like(labels, data.VOID))
+    found = evaluate.correspondences(void, neighbors, torch.neg, "cpu", center=True)
     for F, _, same in found.values():
         assert (same == -1).all() and abs(F.mean()) < 0.9
 
