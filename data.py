@@ -45,12 +45,10 @@ warnings.filterwarnings("ignore", module="PIL")  # about large photos; it refuse
 def in_threads(function, items, workers, ahead=64):
     """Yields function(item) of all items, in order; threads compute up to `ahead` of them in advance."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        pending = collections.deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
+        futures = (pool.submit(function, item) for item in items)
+        pending = collections.deque(itertools.islice(futures, ahead))
         while pending:
+            pending.extend(itertools.islice(futures, 1))
             yield pending.popleft().result()
 
 
