@@ -411,7 +411,6 @@ class Features(NamedTuple):
     maps: torch.Tensor | Live  # (N, D, h, w), a float16 memory map or Live
     vectors: torch.Tensor  # (N, D), the mean feature of each view
     labels: torch.Tensor | Live  # (N, size, size) uint8, all VOID where the collection has none
-    folder: Path
 
 
 def cache_key(model, collection, size, crop):
@@ -460,7 +459,7 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
     found = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in arrays}
     if not live:
         labels = found.get("labels", torch.full((1, 1, 1), VOID, dtype=torch.uint8).expand(n, size, size))
-        return Features(found["maps"].permute(0, 3, 1, 2), found["vectors"], labels, folder)
+        return Features(found["maps"].permute(0, 3, 1, 2), found["vectors"], labels)
 
     def rows(read, numbers):
         parts = in_threads(lambda j: read(collection, j // v, size, crop)[j % v], numbers, workers)
@@ -468,7 +467,7 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
 
     maps = Live((n, D, side, side), lambda numbers: compute(rows(image_views, numbers)))
     labels = Live((n, size, size), lambda numbers: torch.from_numpy(rows(label_views, numbers)))
-    return Features(maps, found["vectors"], labels, folder)
+    return Features(maps, found["vectors"], labels)
 
 
 def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, world, views_at_once=32):
@@ -522,16 +521,6 @@ def nearest_neighbors(vectors, k):
         similarity.scatter_(1, block[:, None], -torch.inf)  # the vector itself
         neighbors.append(similarity.topk(k, dim=1).indices.cpu())
     return torch.cat(neighbors)
-
-
-def cached_neighbors(features, k, device):
-    """nearest_neighbors of the features' vectors, computed once and kept beside them."""
-    path = features.folder / f"neighbors_{k}.npy"
-    if not path.is_file():
-        neighbors = nearest_neighbors(features.vectors.to(device), k)
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, neighbors.numpy())
-    return torch.from_numpy(np.load(path))
 
 
 def write_text(path, text):

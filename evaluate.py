@@ -950,7 +950,7 @@ def main():
         features = data.extract_features(model, collection, view_size, crop, args.cache_dir, args.cache_gb,
                                          args.workers)
         k = min(config["neighbors"], len(features.vectors) - 1)
-        neighbors = data.cached_neighbors(features, k, device)
+        neighbors = data.nearest_neighbors(features.vectors.to(device), k)
         out.mkdir(parents=True, exist_ok=True)
         draw_heatmaps(out / "heatmaps.png", model, collection, neighbors, view_size, crop)
         if collection.has_labels:

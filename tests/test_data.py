@@ -1,9 +1,11 @@
 """data.py and assets/scenes.py: images and labels, data sets, views, every feature once, neighbours."""
 import os
+import shutil
 import sys
 import threading
 import types
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -291,9 +293,9 @@ def test_features_live_and_cached_are_those_of_a_straight_pass(folder, backbone,
     with monkeypatch.context() as patch:
         patch.setattr(data.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=100))  # too little
         live = extract(backbone, train, 16, crop, facet)
+    assert {path.name for path in Path("cache").glob("*/*")} == {"vectors.npy", "done.npy"}
     cached, found = (extract(backbone, train, 16, crop, facet, cache_gb=gb) for gb in (1, 0))
     assert torch.equal(found.maps, cached.maps)  # they are there now, whatever they take
-    assert {path.name for path in live.folder.iterdir()} == {"vectors.npy", "done.npy"}
     assert cached.maps.shape == live.maps.shape == (len(live.maps), 16, 2, 2) == (3 * v, 16, 2, 2)
     for i in range(3):
         views, rows = torch.tensor(data.image_views(train, i, 16, crop)), torch.arange(i * v, (i + 1) * v)
@@ -306,7 +308,9 @@ def test_features_live_and_cached_are_those_of_a_straight_pass(folder, backbone,
 
 def test_another_file_weight_size_crop_facet_or_precision_is_another_cache(folder, backbone):
     def key(n_classes=4, **options):
-        return extract(backbone, data.directory(folder, "train", n_classes), **options).folder
+        shutil.rmtree("cache", ignore_errors=True)
+        extract(backbone, data.directory(folder, "train", n_classes), **options)
+        return os.listdir("cache")[0]
     original = key()
     assert key() == original
     seen = [original, key(size=32), key(crop="five"), key(facet="key"), key(precision=torch.bfloat16), key(3)]
@@ -334,13 +338,5 @@ def test_nearest_neighbors_equal_brute_force_across_blocks(n):
     similarity = nnf.normalize(vectors[some]) @ nnf.normalize(vectors).T
     similarity[torch.arange(len(some)), some] = -2  # a vector is no neighbour of its own
     assert torch.equal(found[some], similarity.argsort(1, descending=True)[:, :3])
-
-
-def test_neighbors_are_computed_once_and_kept_beside_the_features(tmp_path, monkeypatch):
-    features = data.Features(None, torch.randn(6, 4), None, tmp_path)
-    first = data.cached_neighbors(features, 2, "cpu")
-    assert torch.equal(first, data.nearest_neighbors(features.vectors, 2))
     with pytest.raises(ValueError, match="neighbours"):
-        data.cached_neighbors(features, 6, "cpu")
-    monkeypatch.setattr(data, "nearest_neighbors", lambda *_: pytest.fail("computed again"))
-    assert torch.equal(data.cached_neighbors(features, 2, "cpu"), first)
+        data.nearest_neighbors(vectors, n)

@@ -99,7 +99,7 @@ def test_correspondences_know_the_classes_of_their_points():
     maps = nnf.one_hot(classes, 4).permute(0, 3, 1, 2).half()  # (4, 4, 16, 16)
     labels = classes.repeat_interleave(16, 1).repeat_interleave(16, 2).byte()
     labels[labels == 3] = data.VOID
-    features, neighbors = data.Features(maps, None, labels, None), torch.tensor([[1], [2], [3], [0]])
+    features, neighbors = data.Features(maps, None, labels), torch.tensor([[1], [2], [3], [0]])
     found = evaluate.correspondences(features, neighbors, lambda maps: -maps, "cpu")
     for F, S, same in found.values():
         assert len(F) == len(same) == 10 * 4 * 121 ** 2 and torch.equal(F, S)
