@@ -282,7 +282,7 @@ def told(monkeypatch, capsys):
     ("--dataset scenes --data-root images", "--dataset directory"),
     ("--preset cityscapes-vitb8 --data-root images", "no images of the split train"),
     ("--preset unknown", "invalid choice: 'unknown'"), ("--b-self high", "argument --b-self: invalid"),
-    ("--resume never", "runs/never/checkpoint.pt: there is no such file"),
+    ("--resume never", "runs/never/checkpoint.pt: not a readable file"),
     ("IMAGES --device abacus", "--device abacus: not usable"),
     ("IMAGES --resolution 11", "--resolution 11 is one patch"),
     ("IMAGES --batch-size 1", "at least 2 images"),
