@@ -450,6 +450,7 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
     names_found = [names[c] if c >= 0 else f"cluster {k}" for k, c in enumerate(assignments[best])]
     results = {}
     if labelled:
+        colours["label"] = palette
         named = [names.index(name) if name in names else -1 for name in legend[0]]
         readings = [(row, confusions[row], assignment.tolist()) for row, assignment in assignments.items()]
         if commonest:
@@ -468,12 +469,13 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
     for sentence in warnings:
         print(f"warning: {sentence}")
 
-    columns = [("image", [image for image, _, _ in samples])]
-    if labelled:
-        columns.append(("label", [paint(label, palette) for _, label, _ in samples]))
-    columns += [(row, [paint(clusters[row], colours[row]) for _, _, clusters in samples])
-                for row in (RAW, best, best + CRF, LINEAR) if row in assignments]
-    draw_panel(folder / "panel.png", columns, dict(zip([*names, *names_found], [*palette, *colours[best]])))
+    shown = [row for row in ("label", RAW, best, best + CRF, LINEAR) if row in colours]
+    pictures = []
+    for image, label, clusters in samples:
+        ids = {"label": label, **clusters}
+        pictures.append([Image.fromarray(image), *(paint(ids[row], colours[row]) for row in shown)])
+    draw_panel(folder / "panel.png", ["image", *shown], pictures,
+               dict(zip([*names, *names_found], [*palette, *colours[best]])))
     summary = {"data": str(collection.folder), "split": collection.split, "images": len(collection),
                "classes": collection.names, "prediction": best, "warnings": [*warnings],
                "results": results}
@@ -591,22 +593,18 @@ def predict_folder(model, probe, folder, out, size, names, colours, crf=True):
             bad.append(str(error))
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        segmented = Image.fromarray(class_of[predict(model, probe, image, size, crf)])
-        segmented.putpalette(np.array(palette, np.uint8).tobytes())
+        segmented = paint(class_of[predict(model, probe, image, size, crf)], palette)
         overlay = Image.blend(image, segmented.convert("RGB"), 0.5)
         segmented.save(target)
         legend = {class_names[k]: palette[k] for k in np.unique(segmented)}
-        key = draw_legend(legend, image.width, max(16, image.width // 60))
-        page = ImageOps.expand(overlay, (0, 0, key.width - image.width, key.height), "white")
-        page.paste(key, (0, image.height))
+        page = with_legend(overlay, legend, max(16, image.width // 60))
         page.save(target.with_name(f"{target.stem}_overlay.jpg"), quality=90)
         if len(thumbnails) < 5:
-            pictures = image, overlay, segmented.convert("RGB")
-            thumbnails.append([np.asarray(ImageOps.pad(picture, (320, 320), NEAREST, "white"))
-                               for picture in pictures])
+            thumbnails.append([ImageOps.contain(picture, (320, 320), NEAREST)
+                               for picture in (image, overlay, segmented)])
     if thumbnails:
-        columns = list(zip(("photo", "overlay", "classes"), zip(*thumbnails)))
-        draw_panel(out / "panel.png", columns, dict(zip(class_names, palette)))
+        draw_panel(out / "panel.png", ("photo", "overlay", "classes"), thumbnails,
+                   dict(zip(class_names, palette)))
     print(f"{len(targets) - len(bad)} images segmented into {out}")
     if bad:
         raise InputError(f"images that could not be read ({len(bad)}): {'; '.join(bad[:10])}")
@@ -615,44 +613,44 @@ def predict_folder(model, probe, folder, out, size, names, colours, crf=True):
 # ---- Pictures ----
 
 def paint(ids, palette):
-    """Ids (H, W) uint8 as colours (H, W, 3) uint8, void black."""
-    colours = np.zeros((256, 3), np.uint8)
-    colours[:len(palette)] = palette
-    return colours[ids]
-
-
-def draw_legend(legend, width, size=16):
-    """A picture of `legend`, name -> colour, in columns that fill `width`. size: of the text."""
-    font, names = ImageFont.load_default(size), [name[:40] for name in legend]
-    step_x, step_y = math.ceil(max(map(font.getlength, names))) + 3 * size, round(1.7 * size)
-    per_line = max(1, (width + size) // step_x)  # the last one needs no gap
-    picture = Image.new("RGB", (max(width, step_x), math.ceil(len(names) / per_line) * step_y), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, (name, colour) in enumerate(zip(names, legend.values())):
-        x, y = i % per_line * step_x, i // per_line * step_y + step_y // 2
-        draw.rectangle((x, y - size // 2, x + size, y + size // 2), tuple(colour), "gray")
-        draw.text((x + 1.5 * size, y), name, "black", font, "lm")
+    """Ids (H, W) uint8 as a palette image, void black."""
+    picture = Image.fromarray(ids)
+    picture.putpalette(np.array(palette, np.uint8).tobytes())
     return picture
 
 
-def draw_panel(path, columns, legend):
-    """Save a grid of square images with column titles above and a legend of the classes below, as PNG.
+def with_legend(picture, legend, size=16):
+    """A picture with `legend`, name -> colour, in columns below it. size: of the text."""
+    font, names = ImageFont.load_default(size), [name[:40] for name in legend]
+    step_x, step_y = math.ceil(max(map(font.getlength, names))) + 3 * size, round(1.7 * size)
+    per_line = max(1, (picture.width + size) // step_x)  # the last one needs no gap
+    wider, higher = max(0, step_x - picture.width), math.ceil(len(names) / per_line) * step_y
+    page = ImageOps.expand(picture, (0, 0, wider, higher), "white")
+    draw = ImageDraw.Draw(page)
+    for i, (name, colour) in enumerate(zip(names, legend.values())):
+        x, y = i % per_line * step_x, picture.height + i // per_line * step_y + step_y // 2
+        draw.rectangle((x, y - size // 2, x + size, y + size // 2), tuple(colour), "gray")
+        draw.text((x + 1.5 * size, y), name, "black", font, "lm")
+    return page
 
-    columns: list of (title, images), images a list of (S, S, 3) uint8 RGB arrays, one per row of the grid.
-    legend: name -> colour. Images are resized by nearest neighbour, so that label colours stay exact.
+
+def draw_panel(path, titles, rows, legend):
+    """Save a grid of pictures with column titles above and a legend of the classes below, as PNG.
+
+    titles: of the columns. rows: of PIL images. legend: name -> colour. Pictures are padded to squares and
+    shrunk by averaging, or enlarged by nearest neighbour, so that label colours stay exact.
     """
-    side, gap, pad, top = min(320, 1400 // len(columns)), 6, 20, 50
-    width, bottom = len(columns) * (side + gap) - gap, top + len(columns[0][1]) * (side + gap) + gap
-    key = draw_legend(legend, width)
-    canvas = Image.new("RGB", (key.width + 2 * pad, bottom + key.height + pad), "white")
-    canvas.paste(key, (pad, bottom))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(18)
-    for i, (title, images) in enumerate(columns):
-        x = pad + i * (side + gap)
-        draw.text((x + side / 2, top - 20), title, "black", font, "mm")
-        for j, image in enumerate(images):
-            canvas.paste(Image.fromarray(image).resize((side, side), NEAREST), (x, top + j * (side + gap)))
-    canvas.save(path)
+    side, gap, top = min(320, 1400 // len(titles)), 6, 30
+    width, height = len(titles) * (side + gap) - gap, top + len(rows) * (side + gap) + gap
+    grid = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(18)
+    for i, title in enumerate(titles):
+        x = i * (side + gap)
+        draw.text((x + side / 2, 10), title, "black", font, "mm")
+        for j, row in enumerate(rows):
+            square = ImageOps.pad(row[i].convert("RGB"), (side, side), Image.Resampling.BOX, "white")
+            grid.paste(square, (x, top + j * (side + gap)))
+    ImageOps.expand(with_legend(grid, legend), 20, "white").save(path)
 
 
 def draw_confusion(path, confusion, row_names, names):
@@ -685,39 +683,38 @@ def draw_confusion(path, confusion, row_names, names):
 
 
 def draw_curves(path, plots, x_label, marks=()):
-    """Save line plots, up to three side by side, as PNG.
+    """Save line plots, side by side, as PNG.
 
     plots: title -> {name of line: (x, y)}, two lists of numbers of one length; every plot has the same one or
     two names. marks: the shift of each plot, drawn as a black line.
     """
     colours = (0, 114, 178), (213, 94, 0)  # Okabe and Ito's blue and vermilion
-    wide, high, step_x, step_y, margin = 990, 570, 1290, 850, 240  # three times the final size: smooth lines
-    font, per_line = ImageFont.load_default(42), min(3, len(plots))
     legend = dict(zip(next(iter(plots.values())), colours)) | ({"shift b": (0, 0, 0)} if marks else {})
-    key, lines = draw_legend(legend, per_line * step_x - margin, 42), math.ceil(len(plots) / per_line)
-    canvas = Image.new("RGB", (per_line * step_x + 120, lines * step_y + key.height + 75), "white")
-    canvas.paste(key, (margin, lines * step_y + 30))
-    draw = ImageDraw.Draw(canvas)
-    for i, (title, curves) in enumerate(plots.items()):
-        left, top = i % per_line * step_x + margin, i // per_line * step_y + 130
-        right, bottom = left + wide, top + high
-        draw.text((left + wide / 2, top - 50), title, "black", font, "mm")
-        draw.text((left + wide / 2, bottom + 115), x_label, "black", font, "mm")
+    left, right, top, bottom = 190, 870, 30, 790  # in 960 x 960 pixels, which the panel makes smooth lines of
+    font, pictures = ImageFont.load_default(42), []
+    for i, curves in enumerate(plots.values()):
+        pictures.append(Image.new("RGB", (960, 960), "white"))
+        draw = ImageDraw.Draw(pictures[i])
         points = np.concatenate([np.array(curve, float) for curve in curves.values()], 1)  # (2, n)
-        (x_low, y_low), (x_high, y_high) = points.min(1), points.max(1) + 1e-9
-        for share in np.linspace(0, 1, 5):
-            x, y = left + share * wide, bottom - share * high
+        low, high = points.min(1), points.max(1) + 1e-9
+
+        def place(x, y):
+            x = np.interp(x, (low[0], high[0]), (left, right))
+            return x, np.interp(y, (low[1], high[1]), (bottom, top))
+
+        for values in np.linspace(low, high, 5):
+            x, y = place(*values)
             draw.line((x, top, x, bottom), "lightgray", 3)
             draw.line((left, y, right, y), "lightgray", 3)
-            x_value, y_value = x_low + share * (x_high - x_low), y_low + share * (y_high - y_low)
-            draw.text((x, bottom + 45), f"{round(x_value, 6):.4g}", "black", font, "mm")
-            draw.text((left - 24, y), f"{round(y_value, 6):.3g}", "black", font, "rm")
-        for x in np.interp(marks[i:i + 1], (x_low, x_high), (left, right)):
-            draw.line((x, top, x, bottom), "black", 4)
-        for (x, y), colour in zip(curves.values(), colours):
-            x, y = np.interp(x, (x_low, x_high), (left, right)), np.interp(y, (y_low, y_high), (bottom, top))
-            draw.line(list(zip(x, y)), colour, 6, "curve")
-    canvas.reduce(3).save(path)
+            draw.text((x, bottom + 45), f"{round(values[0], 6):.4g}", "black", font, "mm")
+            draw.text((left - 24, y), f"{round(values[1], 6):.3g}", "black", font, "rm")
+        draw.text(((left + right) / 2, bottom + 115), x_label, "black", font, "mm")
+        for mark in marks[i:i + 1]:
+            x, _ = place(mark, 0)
+            draw.line((x, top, x, bottom), "black", 6)
+        for curve, colour in zip(curves.values(), colours):
+            draw.line(list(zip(*place(*curve))), colour, 6, "curve")
+    draw_panel(path, list(plots), [pictures], legend)
 
 
 def draw_clusters(path, collection, views, clusters, names, colours, size, crop, n_shown=6):
@@ -726,19 +723,19 @@ def draw_clusters(path, collection, views, clusters, names, colours, size, crop,
     views (m,), clusters (m, h, w): of a survey. Returns the share of each cluster.
     """
     in_view = nnf.one_hot(clusters.flatten(1), len(names)).float().mean(1)  # (m, n_clusters)
-    shares, v = in_view.mean(0), data.VIEWS[crop]
-    rows = []
+    shares, rows = in_view.mean(0), []
     for k in shares.argsort(descending=True).tolist():
         swatch = Image.new("RGB", (200, 200), tuple(map(int, colours[k])))
         ImageDraw.Draw(swatch).text((100, 100), f"{k}: {names[k]}\n{100 * shares[k]:.1f} %", "white",
                                     ImageFont.load_default(22), "mm", stroke_width=2, stroke_fill="black")
-        rows.append([np.asarray(swatch)])
+        rows.append([swatch])
         for i in in_view[:, k].topk(min(n_shown, len(views))).indices.tolist():
-            view = data.image_views(collection, int(views[i]) // v, size, crop)[int(views[i]) % v]
-            mask = Image.fromarray((clusters[i] == k).numpy()).resize((size, size), NEAREST)
-            rows[-1].append((view.transpose(1, 2, 0) * np.where(mask, 1, 0.35)[..., None]).astype(np.uint8))
+            image, which = divmod(int(views[i]), data.VIEWS[crop])
+            view = Image.fromarray(data.views(collection.image(image), size, crop)[which])
+            mask = Image.fromarray((clusters[i] == k).numpy()).resize(view.size, NEAREST)
+            rows[-1].append(Image.composite(view, view.point(lambda value: 0.35 * value), mask))
     titles = ["cluster", *(f"view {i + 1}" for i in range(len(rows[0]) - 1))]
-    draw_panel(path, list(zip(titles, zip(*rows))), dict(zip(names, colours)))
+    draw_panel(path, titles, rows, dict(zip(names, colours)))
     return shares.tolist()
 
 
@@ -785,16 +782,16 @@ def draw_heatmaps(path, model, collection, neighbors, size, crop, n_images=5):
         (h, w), r = features.shape[2:], max(3, size // 40)
         x, y = (w // 2 + 0.5) * size / w, (h // 2 + 0.5) * size / h  # the centre of the central patch
         ImageDraw.Draw(image).ellipse((x - r, y - r, x + r, y + r), "white", "black", r // 3)
-        row = [np.asarray(image), np.asarray(neighbor)]
+        row = [image, neighbor]
         for maps in (features, model.head(features)):
             point = maps[:1, :, h // 2, w // 2, None, None].expand(2, -1, -1, -1)
             cosine = stego.correlation(point, maps)[:, 0].clamp(min=0)  # (2, 1, h, w)
             cosine = nnf.interpolate(cosine, (size, size), mode="bilinear").cpu()
-            row.extend((pixels * cosine).byte().permute(0, 2, 3, 1).numpy())  # (2, size, size, 3)
+            row.extend(map(TF.to_pil_image, (pixels * cosine).byte()))
         rows.append(row)
     titles = ("view and point", "neighbour", "F in the view", "F in the neighbour", "S in the view",
               "S in the neighbour")
-    draw_panel(path, list(zip(titles, zip(*rows))), {"cosine 1": (255, 255, 255), "0 or less": (0, 0, 0)})
+    draw_panel(path, titles, rows, {"cosine 1": (255, 255, 255), "0 or less": (0, 0, 0)})
 
 
 # ---- Command line ----

@@ -321,8 +321,8 @@ def test_curves_run_through_their_points_and_past_their_marks(tmp_path):
     lines = {"up": ([0, 4], [0, 1]), "down": ([0, 4], [1, 0])}
     evaluate.draw_curves(tmp_path / "c.png", {"a": lines, "b": lines}, "x", marks=[1, 2])
     pixels = np.asarray(data.read_image(tmp_path / "c.png")).astype(int)
-    def near(x, y, colour):  # of the first plot, which has 330 x 190 pixels
-        part = pixels[round(40.3 + y * 190):, round(77 + x * 330):][:7, :7]
+    def near(x, y, colour):  # of the first plot, whose lower left is at (83, 313), upper right at (310, 60)
+        part = pixels[round(57 + y * 253):, round(80 + x * 227):][:7, :7]
         return np.abs(part - colour).sum(2).min() < 60
     assert near(0.1, 0.9, (0, 114, 178)) and near(0.1, 0.1, (213, 94, 0))
     assert not near(0.1, 0.1, (0, 114, 178))
@@ -429,7 +429,7 @@ def test_correspondences_are_drawn(evaluate_here, capsys):
     evaluate_here("runs/t", "--correspondences")
     heatmaps, curves = (data.read_image(f"runs/t/eval-train/{name}.png")
                         for name in ("heatmaps", "precision_recall"))
-    assert heatmaps.width == 6 * (233 + 6) - 6 + 40 and curves.width == 1330
+    assert heatmaps.width == 6 * (233 + 6) - 6 + 40 and curves.width == 3 * 326 - 6 + 40
     assert np.asarray(heatmaps)[60:280, 30:240].std() > 20
     assert capsys.readouterr().out.count("average precision") == 3
 
