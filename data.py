@@ -42,9 +42,12 @@ warnings.filterwarnings("ignore", module="PIL")  # about large photos; it refuse
 
 # ---- Threads: Pillow and NumPy work beside Python. Nothing is forked, as that can hang ----
 
-def in_threads(function, items, workers, ahead=64):
-    """Yields function(item) of all items, in order; threads compute up to `ahead` of them in advance."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+def in_threads(function, items, workers, ahead=64, pool=None):
+    """Yields function(item) of all items, in order; threads compute up to `ahead` of them in advance.
+
+    pool: of processes, to compute in them instead.
+    """
+    with pool or ThreadPoolExecutor(max(1, workers)) as pool:
         futures = (pool.submit(function, item) for item in items)
         pending = collections.deque(itertools.islice(futures, ahead))
         while pending:

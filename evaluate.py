@@ -306,11 +306,6 @@ def prediction_row(probes):
     return REFIT if REFIT in probes else ONLINE
 
 
-def refined_rows(probes, crf):
-    """The rows whose probabilities the CRF refines, if wanted: the prediction and the linear probe."""
-    return [row for row in (prediction_row(probes), LINEAR) if crf and row in probes]
-
-
 def n_outputs(probe):
     """How many clusters, or classes, a cluster or a linear probe tells apart."""
     return len(next(probe.parameters()))
@@ -336,9 +331,12 @@ def log_probabilities(probe, codes, size):
     return nnf.interpolate(probe(codes), size, mode="bilinear").log_softmax(1)
 
 
-def crf_labels(image, predictions):
-    """The likeliest ids after the CRF, (H, W) uint8, for each of the predictions (n, H, W) of an image."""
-    return [dense_crf(image, probabilities).argmax(0).astype(np.uint8) for probabilities in predictions]
+def refine(prediction):
+    """(image, label, clusters), after the CRF has made clusters of the probabilities, row -> (n, H, W)."""
+    image, label, clusters, probabilities = prediction
+    for row, values in probabilities.items():
+        clusters[row] = dense_crf(image, values).argmax(0).astype(np.uint8)
+    return image, label, clusters
 
 
 def start_crf_process():
@@ -352,16 +350,16 @@ def start_crf_process():
 
 
 @torch.no_grad()
-def segment(model, collection, size, probes, crf=True, workers=2, rank=0, world=1, batch_size=8):
+def segment(model, collection, size, probes, refined=(), workers=2, rank=0, world=1, batch_size=8):
     """What each probe makes of each image: yields (image, label, clusters), all uint8.
 
-    image: (size, size, 3). label: (size, size). clusters: row -> (size, size), and for refined_rows also
-    row + CRF -> the same after the CRF. The probe RAW reads features, the others codes. Each of `world`
+    image: (size, size, 3). label: (size, size). clusters: row -> (size, size), and for the rows in `refined`
+    also row + CRF -> the same after the CRF. The probe RAW reads features, the others codes. Each of `world`
     processes yields every world-th image.
     """
     device, mine = next(model.head.parameters()).device, range(rank, len(collection), world)
-    refined, pool, threads = refined_rows(probes, crf), None, torch.get_num_threads()
-    if crf:  # spawned processes of one BLAS thread each, as more would fight for the cores
+    pool, threads = None, torch.get_num_threads()
+    if refined:  # spawned processes of one BLAS thread each, as more would fight for the cores
         os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
         pool = ProcessPoolExecutor(max(1, workers), get_context("spawn"), start_crf_process)
         torch.set_num_threads(max(1, threads // 2))
@@ -381,36 +379,30 @@ def segment(model, collection, size, probes, crf=True, workers=2, rank=0, world=
                     cosine = probes[RAW](features[i:i + 1])
                     values[RAW] = nnf.interpolate(cosine, (size, size), mode="bilinear")[0]
                 clusters = {row: values[row].argmax(0).byte().cpu().numpy() for row in probes}
-                probabilities = [values[row].exp().half().cpu().numpy() for row in refined]
+                probabilities = {row + CRF: values[row].exp().half().cpu().numpy() for row in refined}
                 yield np.ascontiguousarray(image.transpose(1, 2, 0)), label, clusters, probabilities
 
-    def refine(prediction):
-        image, label, clusters, probabilities = prediction
-        labels = pool.submit(crf_labels, image, probabilities).result() if pool else []
-        clusters.update({row + CRF: values for row, values in zip(refined, labels)})
-        return image, label, clusters
-
     try:  # the CRFs of some images run beside the network's next batch
-        yield from data.in_threads(refine, predictions(), workers, ahead=2 * batch_size)
+        yield from data.in_threads(refine, predictions(), workers, 2 * batch_size, pool)
     finally:
         torch.set_num_threads(threads)
-        if pool:
-            pool.shutdown(cancel_futures=True)
 
 
 def evaluate(model, collection, size, probes, crf=True, workers=2, rank=0, world=1, n_samples=5):
     """(confusions, samples): row -> confusion matrix over the collection, and some of what `segment` yields.
 
-    The confusion is with the labels or, without labels, with the predicted clusters. All processes return the
-    same confusions, but evenly spaced samples of their own images.
+    crf: also refine the prediction and the linear probe. The confusion is with the labels or, without labels,
+    with the predicted clusters. All processes return the same confusions, but evenly spaced samples of their
+    own images.
     """
     n, samples, best = len(range(rank, len(collection), world)), [], prediction_row(probes)
     n_classes = collection.n_classes if collection.has_labels else n_outputs(probes[best])
-    rows = [*probes, *(row + CRF for row in refined_rows(probes, crf))]
+    refined = [row for row in (best, LINEAR) if crf and row in probes]
+    rows = [*probes, *(row + CRF for row in refined)]
     confusions = {row: torch.zeros(n_outputs(probes[row.removesuffix(CRF)]), n_classes, dtype=torch.int64)
                   for row in rows}
     wanted = np.linspace(0, n - 1, min(n_samples, n)).round().astype(int)
-    segmented = segment(model, collection, size, probes, crf, workers, rank, world)
+    segmented = segment(model, collection, size, probes, refined, workers, rank, world)
     for i, (image, label, clusters) in enumerate(data.progress(segmented, "evaluate", "image", n, rank=rank)):
         reference = label if collection.has_labels else clusters[best]
         for row, confusion in confusions.items():
