@@ -446,7 +446,7 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
         if RAW in results and results[best]["miou"] < results[RAW]["miou"]:
             warnings = [*warnings, "the codes score below k-means on the features: train longer (--steps), "
                         "give other shifts (--same-class), or look at evaluate.py RUN --correspondences"]
-        print("\n" + table({row: [result] for row, result in results.items()}, best))
+        print("\n" + table([results], best))
         order = np.argsort(assignments[best] % (VOID + 1), kind="stable")  # by class, those without one last
         rows = [names_found[k] for k in order]
         draw_confusion(folder / "confusion.png", confusions[best][order], rows, names)
@@ -468,13 +468,13 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
     return names_found, colours[best]
 
 
-def table(results, best=None):
-    """Scores as text, a line a row. results: row -> `scores` of each run; of several, mean ± deviation."""
+def table(runs, best=None):
+    """Scores as text, a line a row. runs: row -> `scores`, of each run; of several, mean ± deviation."""
     lines = [f"{'mIoU':>38}{'accuracy':>14}"]
-    for row, runs in results.items():
+    for row in dict.fromkeys(itertools.chain(*runs)):
         line = f"{row:24}"
         for score in ("miou", "accuracy"):
-            values = [run[score] for run in runs if run[score] is not None]
+            values = [run[row][score] for run in runs if row in run and run[row][score] is not None]
             spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
             line += f"{np.mean(values):.1f}{spread}".rjust(14) if values else " " * 14
         lines.append(line + ("   <- the prediction" if row == best else ""))
@@ -496,11 +496,8 @@ def compare(folders):
         groups.setdefault(same, {})[str(folder)] = summary
     for runs in groups.values():
         print(f"\n{len(runs)} runs: {', '.join(runs)}")
-        found = {}
-        for summary in runs.values():
-            for row, result in summary["results"].items():
-                found.setdefault(row, []).append(result)
-        print(table(found, summary["prediction"]))
+        summaries = list(runs.values())
+        print(table([summary["results"] for summary in summaries], summaries[0]["prediction"]))
 
 
 # ---- Your own photos ----
