@@ -663,19 +663,18 @@ def draw_confusion(path, confusion, row_names, names):
     canvas.save(path)
 
 
-def draw_curves(path, plots, x_label, marks=()):
+def draw_curves(path, plots, x_label):
     """Save line plots, side by side, as PNG.
 
-    plots: title -> {name of line: (x, y)}, two lists of numbers of one length; every plot has the same one or
-    two names. marks: the shift of each plot, drawn as a black line.
+    plots: title -> {name of line: (x, y)}, two lists of numbers of one length; every plot has the same names,
+    three at most.
     """
-    colours = (0, 114, 178), (213, 94, 0)  # Okabe and Ito's blue and vermilion
-    legend = dict(zip(next(iter(plots.values())), colours)) | ({"shift b": (0, 0, 0)} if marks else {})
+    colours = (0, 114, 178), (213, 94, 0), (0, 0, 0)  # blue and vermilion of Okabe and Ito, black
     left, right, top, bottom = 190, 870, 30, 790  # in 960 x 960 pixels, which the panel makes smooth lines of
     font, pictures = ImageFont.load_default(42), []
-    for i, curves in enumerate(plots.values()):
+    for curves in plots.values():
         pictures.append(Image.new("RGB", (960, 960), "white"))
-        draw = ImageDraw.Draw(pictures[i])
+        draw = ImageDraw.Draw(pictures[-1])
         points = np.concatenate([np.array(curve, float) for curve in curves.values()], 1)  # (2, n)
         low, high = points.min(1), points.max(1) + 1e-9
 
@@ -690,12 +689,9 @@ def draw_curves(path, plots, x_label, marks=()):
             draw.text((x, bottom + 45), f"{round(values[0], 6):.4g}", "black", font, "mm")
             draw.text((left - 24, y), f"{round(values[1], 6):.3g}", "black", font, "rm")
         draw.text(((left + right) / 2, bottom + 115), x_label, "black", font, "mm")
-        for mark in marks[i:i + 1]:
-            x, _ = place(mark, 0)
-            draw.line((x, top, x, bottom), "black", 6)
         for curve, colour in zip(curves.values(), colours):
             draw.line(list(zip(*place(*curve))), colour, 6, "curve")
-    draw_panel(path, list(plots), [pictures], legend)
+    draw_panel(path, list(plots), [pictures], dict(zip(curves, colours)))
 
 
 def draw_clusters(path, collection, views, clusters, names, colours, size, crop, n_shown=6):
@@ -731,10 +727,11 @@ def draw_diagnostics(path, pairs, shifts):
     """Save the distributions of F and S over each term's pairs (see correspondences) and its shift."""
     plots, cosines = {}, np.linspace(-0.9875, 0.9875, 80)
     for (term, (F, S, _)), shift in zip(pairs.items(), shifts):
-        densities = (np.histogram(values.clamp(-1, 1), 80, (-1, 1), density=True)[0] for values in (F, S))
+        f, s = (np.histogram(values.clamp(-1, 1), 80, (-1, 1), density=True)[0] for values in (F, S))
         plots[f"{term}: {percent([F > shift])} attract"] = {
-            name: (cosines, density) for name, density in zip(("F, features", "S, codes"), densities)}
-    draw_curves(path, plots, "cosine (up: density of pairs)", marks=shifts)
+            "F, features": (cosines, f), "S, codes": (cosines, s),
+            "shift b": ([shift, shift], [0, max(*f, *s)])}
+    draw_curves(path, plots, "cosine (up: density of pairs)")
 
 
 def draw_precision_recall(path, pairs):

@@ -317,9 +317,9 @@ def test_a_confusion_matrix_is_drawn_in_shares_of_the_true_class(tmp_path):
     assert corner == [[[8, 81, 156], [236, 243, 251]], [[179, 202, 227], [65, 121, 179]], 2 * [[211] * 3]]
 
 
-def test_curves_run_through_their_points_and_past_their_marks(tmp_path):
-    lines = {"up": ([0, 4], [0, 1]), "down": ([0, 4], [1, 0])}
-    evaluate.draw_curves(tmp_path / "c.png", {"a": lines, "b": lines}, "x", marks=[1, 2])
+def test_curves_run_through_their_points(tmp_path):
+    lines = {"up": ([0, 4], [0, 1]), "down": ([0, 4], [1, 0]), "mark": ([1, 1], [0, 1])}
+    evaluate.draw_curves(tmp_path / "c.png", {"a": lines, "b": lines}, "x")
     pixels = np.asarray(data.read_image(tmp_path / "c.png")).astype(int)
     def near(x, y, colour):  # of the first plot, whose lower left is at (83, 313), upper right at (310, 60)
         part = pixels[round(57 + y * 253):, round(80 + x * 227):][:7, :7]
