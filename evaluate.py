@@ -37,7 +37,6 @@ from stego import VOID, ClusterProbe, InputError, refusing
 
 # Rows of the table: k-means on features and on finished codes, and the probes trained beside the head.
 RAW, REFIT, ONLINE, LINEAR = "k-means on features", "k-means on codes", "cluster probe", "linear probe"
-NEAREST = Image.Resampling.NEAREST  # keeps the colours of labels exact
 BY_TRAINING, BY_NAME = "by training labels", "as named"  # other readings of the predicted clusters
 CRF = " + CRF"  # after the name of a row: its probabilities, refined
 
@@ -581,7 +580,7 @@ def predict_folder(model, probe, folder, out, size, names, colours, crf=True):
         page = with_legend(overlay, legend, max(16, image.width // 60))
         page.save(target.with_name(f"{target.stem}_overlay.jpg"), quality=90)
         if len(thumbnails) < 5:
-            thumbnails.append([ImageOps.contain(picture, (320, 320), NEAREST)
+            thumbnails.append([ImageOps.contain(picture, (320, 320))
                                for picture in (image, overlay, segmented)])
     if thumbnails:
         draw_panel(out / "panel.png", ("photo", "overlay", "classes"), thumbnails,
@@ -709,7 +708,7 @@ def draw_clusters(path, collection, views, clusters, names, colours, size, crop,
         for i in in_view[:, k].topk(min(n_shown, len(views))).indices.tolist():
             image, which = divmod(int(views[i]), data.VIEWS[crop])
             view = Image.fromarray(data.views(collection.image(image), size, crop)[which])
-            mask = Image.fromarray((clusters[i] == k).numpy()).resize(view.size, NEAREST)
+            mask = Image.fromarray((clusters[i] == k).numpy()).resize(view.size)
             rows[-1].append(Image.composite(view, view.point(lambda value: 0.35 * value), mask))
     titles = ["cluster", *(f"view {i + 1}" for i in range(len(rows[0]) - 1))]
     draw_panel(path, titles, rows, dict(zip(names, colours)))
