@@ -754,18 +754,16 @@ def draw_heatmaps(path, model, collection, neighbors, size, crop, n_images=5):
     for n in np.linspace(0, len(neighbors) - 1, min(n_images, len(neighbors))).round().astype(int).tolist():
         pair = [data.image_views(collection, m // v, size, crop)[m % v] for m in (n, int(neighbors[n, 0]))]
         pixels = torch.from_numpy(np.stack(pair))  # (2, 3, size, size)
-        features = model.features(data.normalize(pixels.to(device)))  # (2, D, h, w)
-        image, neighbor = map(TF.to_pil_image, pixels)
-        (h, w), r = features.shape[2:], max(3, size // 40)
-        x, y = (w // 2 + 0.5) * size / w, (h // 2 + 0.5) * size / h  # the centre of the central patch
-        ImageDraw.Draw(image).ellipse((x - r, y - r, x + r, y + r), "white", "black", r // 3)
-        row = [image, neighbor]
+        features = model.features(data.normalize(pixels.to(device)))  # (2, D, h, h)
+        h, r = features.shape[2], max(3, size // 40)
+        x = (h // 2 + 0.5) * size / h  # across and down, the centre of the central patch
+        rows.append([TF.to_pil_image(view) for view in pixels])
+        ImageDraw.Draw(rows[-1][0]).ellipse((x - r, x - r, x + r, x + r), "white", "black", r // 3)
         for maps in (features, model.head(features)):
-            point = maps[:1, :, h // 2, w // 2, None, None].expand(2, -1, -1, -1)
-            cosine = stego.correlation(point, maps)[:, 0].clamp(min=0)  # (2, 1, h, w)
+            point = maps[:1, :, h // 2, h // 2, None, None]  # (1, D, 1, 1)
+            cosine = nnf.cosine_similarity(maps, point)[:, None].clamp(min=0)  # (2, 1, h, h)
             cosine = nnf.interpolate(cosine, (size, size), mode="bilinear").cpu()
-            row.extend(map(TF.to_pil_image, (pixels * cosine).byte()))
-        rows.append(row)
+            rows[-1].extend(TF.to_pil_image(view) for view in (pixels * cosine).byte())
     titles = ("view and point", "neighbour", "F in the view", "F in the neighbour", "S in the view",
               "S in the neighbour")
     draw_panel(path, titles, rows, {"cosine 1": (255, 255, 255), "0 or less": (0, 0, 0)})
