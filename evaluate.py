@@ -163,7 +163,7 @@ def sample_positions(maps, n_points=50_000, seed=0):
     for indices in chosen.split(32):
         read = maps[indices].float().flatten(2).transpose(1, 2)  # (n, h w, D)
         positions = torch.rand(read.shape[:2], generator=generator).argsort(1)[:, :per_map].to(read.device)
-        vectors.append(read.gather(1, positions[..., None].expand(-1, -1, read.shape[2])).flatten(0, 1))
+        vectors.append(read.take_along_dim(positions[..., None], 1).flatten(0, 1))  # (n per_map, D)
     return torch.cat(vectors)
 
 
@@ -669,27 +669,24 @@ def draw_curves(path, plots, x_label):
     three at most.
     """
     colours = (0, 114, 178), (213, 94, 0), (0, 0, 0)  # blue and vermilion of Okabe and Ito, black
-    left, right, top, bottom = 190, 870, 30, 790  # in 960 x 960 pixels, which the panel makes smooth lines of
+    corner, extent = np.array([190, 790]), np.array([680, -760])  # of the axes, in 960 x 960 pixels
+    (left, bottom), (right, top) = corner, corner + extent
     font, pictures = ImageFont.load_default(42), []
     for curves in plots.values():
-        pictures.append(Image.new("RGB", (960, 960), "white"))
+        pictures.append(Image.new("RGB", (960, 960), "white"))  # the panel makes it small, the lines smooth
         draw = ImageDraw.Draw(pictures[-1])
-        points = np.concatenate([np.array(curve, float) for curve in curves.values()], 1)  # (2, n)
-        low, high = points.min(1), points.max(1) + 1e-9
-
-        def place(x, y):
-            x = np.interp(x, (low[0], high[0]), (left, right))
-            return x, np.interp(y, (low[1], high[1]), (bottom, top))
-
-        for values in np.linspace(low, high, 5):
-            x, y = place(*values)
+        lines = [np.transpose(curve) for curve in curves.values()]  # of points, each (n, 2)
+        low, high = np.concatenate(lines).min(0), np.concatenate(lines).max(0) + 1e-9
+        for share in np.linspace(0, 1, 5):
+            (x, y), (x_value, y_value) = corner + share * extent, low + share * (high - low)
             draw.line((x, top, x, bottom), "lightgray", 3)
             draw.line((left, y, right, y), "lightgray", 3)
-            draw.text((x, bottom + 45), f"{round(values[0], 6):.4g}", "black", font, "mm")
-            draw.text((left - 24, y), f"{round(values[1], 6):.3g}", "black", font, "rm")
+            draw.text((x, bottom + 45), f"{round(x_value, 6):.4g}", "black", font, "mm")
+            draw.text((left - 24, y), f"{round(y_value, 6):.3g}", "black", font, "rm")
         draw.text(((left + right) / 2, bottom + 115), x_label, "black", font, "mm")
-        for curve, colour in zip(curves.values(), colours):
-            draw.line(list(zip(*place(*curve))), colour, 6, "curve")
+        for line, colour in zip(lines, colours):
+            places = corner + (line - low) / (high - low) * extent  # (n, 2)
+            draw.line(places.ravel().tolist(), colour, 6, "curve")
     draw_panel(path, list(plots), [pictures], dict(zip(curves, colours)))
 
 
@@ -764,8 +761,7 @@ def draw_heatmaps(path, model, collection, neighbors, size, crop, n_images=5):
             cosine = nnf.cosine_similarity(maps, point)[:, None].clamp(min=0)  # (2, 1, h, h)
             cosine = nnf.interpolate(cosine, (size, size), mode="bilinear").cpu()
             rows[-1].extend(TF.to_pil_image(view) for view in (pixels * cosine).byte())
-    titles = ("view and point", "neighbour", "F in the view", "F in the neighbour", "S in the view",
-              "S in the neighbour")
+    titles = ("view and point", "neighbour", "F in view", "F in neighbour", "S in view", "S in neighbour")
     draw_panel(path, titles, rows, {"cosine 1": (255, 255, 255), "0 or less": (0, 0, 0)})
 
 
