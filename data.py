@@ -183,11 +183,12 @@ def files_below(folder):
     return sorted(files)
 
 
-def directory(root, split, n_classes=None):
+def directory(root, split, n_classes=None, default_classes=0):
     """imgs/{train,val}/*, optional labels/{train,val}/*.png of equal stems and classes.txt; or only images.
 
-    n_classes defaults to the lines of classes.txt. Without imgs/val, "val" is the training images again.
-    Split None is every image below imgs, or below root without one, and no labels. root may be a file.
+    n_classes defaults to the lines of classes.txt, or without one to default_classes. Without imgs/val, "val"
+    is the training images again. Split None is every image below imgs, or below root without one, and no
+    labels. root may be a file.
     """
     root = Path(root)
     if not root.exists():
@@ -212,7 +213,7 @@ def directory(root, split, n_classes=None):
     class_file = root / "classes.txt"
     lines = class_file.read_text("utf-8-sig", errors="replace").splitlines() if class_file.is_file() else []
     names = [line.strip() for line in lines if line.strip()]
-    n_classes = n_classes or len(names)
+    n_classes = n_classes or len(names) or default_classes or 0
     if not 1 <= n_classes <= VOID:
         raise InputError(f"{root}: say with --num-classes how many kinds of things to tell apart (1 to "
                          f"{VOID}), or name them in a classes.txt, one a line")
@@ -331,8 +332,8 @@ class Scenes(Collection):
         return ["scenes", scenes.VERSION, self.split, len(self)]
 
 
-def load_collection(dataset, root, split, n_classes=None):
-    """The collection called `dataset`, one of DATASETS; n_classes is for a directory."""
+def load_collection(dataset, root, split, n_classes=None, default_classes=0):
+    """The collection called `dataset`, one of DATASETS; n_classes and default_classes are for a directory."""
     if dataset == "scenes":
         if root:
             raise InputError("--data-root: the scenes are drawn; for your own images add --dataset directory")
@@ -341,7 +342,7 @@ def load_collection(dataset, root, split, n_classes=None):
         return published(dataset, root, split)
     if not root:
         raise InputError("--dataset directory needs --data-root FOLDER")
-    return directory(root, split, n_classes)
+    return directory(root, split, n_classes, default_classes)
 
 
 # ---- Views: what the network sees of an image ----

@@ -905,11 +905,9 @@ def main():
         return
 
     data_root = args.data_root or (None if args.dataset else config["data_root"])
-    n_classes = args.num_classes
-    if not n_classes and not (data_root and Path(data_root, "classes.txt").is_file()):
-        n_classes = config["num_classes"]
     split = "train" if args.correspondences else args.split
-    collection = data.load_collection(args.dataset or config["dataset"], data_root, split, n_classes)
+    collection = data.load_collection(args.dataset or config["dataset"], data_root, split, args.num_classes,
+                                      config["num_classes"])
     data.check_files([collection], args.workers, rank)
     folder = path.with_suffix("") if path.suffix == ".ckpt" else path.parent  # the authors' share one folder
     out = Path(args.out or folder / f"eval-{collection.split}")

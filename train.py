@@ -117,8 +117,6 @@ def parse_args():
         parser.set_defaults(**PRESETS["scenes"])
     args = parser.parse_args()
     args.dataset = args.dataset or "directory"
-    if args.data_root and not Path(args.data_root, "classes.txt").is_file():
-        args.num_classes = args.num_classes or args.num_clusters
     return args
 
 
@@ -142,8 +140,8 @@ def main():
     started = time.perf_counter()
 
     # ---- data and model ----
-    train, val = (data.load_collection(args.dataset, args.data_root, split, args.num_classes)
-                  for split in ("train", "val"))
+    train, val = (data.load_collection(args.dataset, args.data_root, split, args.num_classes,
+                                       args.num_clusters) for split in ("train", "val"))
     args.num_classes, args.num_clusters = train.n_classes, args.num_clusters or train.n_classes
     args.commonest = None  # the class of each cluster, known at the end
     precision = evaluate.choose_precision(args.precision, device)
