@@ -808,11 +808,10 @@ def choose_device(name, local_rank=None):
 def choose_precision(name, device):
     """The torch.dtype called `name`; "auto" is bfloat16 where the hardware computes in it, else float32."""
     if name == "auto":
-        cpuinfo, fast = Path("/proc/cpuinfo"), False
+        cpuinfo = Path("/proc/cpuinfo")
+        fast = device.type == "cpu" and cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text()
         if device.type == "cuda":
             fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        elif device.type == "cpu" and cpuinfo.is_file():
-            fast = "amx_bf16" in cpuinfo.read_text()
         name = "bfloat16" if fast else "float32"
     return getattr(torch, name)
 
