@@ -40,9 +40,9 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 warnings.filterwarnings("ignore", module="PIL")  # about large photos; it refuses over 179 million pixels
 
 
-# ---- Threads: Pillow and NumPy work beside Python. Nothing is forked, as that can hang ----
+# ---- Threads decode, as Pillow and NumPy work beside Python. Nothing is forked, as that can hang ----
 
-def in_threads(function, items, workers, ahead=64, pool=None):
+def in_parallel(function, items, workers, ahead=64, pool=None):
     """Yields function(item) of all items, in order; threads compute up to `ahead` of them in advance.
 
     pool: of processes, to compute in them instead.
@@ -147,7 +147,7 @@ def check_files(collections, workers, rank=0):
 
     items = [(collection, i) for collection in collections if not isinstance(collection, Scenes)
              for i in range(len(collection))]
-    checks = progress(in_threads(problem, items, workers), "checking files", "image", len(items), rank=rank)
+    checks = progress(in_parallel(problem, items, workers), "checking files", "image", len(items), rank=rank)
     bad = [sentence for sentence in checks if sentence]
     if bad:
         raise InputError(f"bad files ({len(bad):,}), to be fixed or removed: {'; '.join(bad[:10])}")
@@ -466,7 +466,7 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
         return Features(found["maps"].permute(0, 3, 1, 2), found["vectors"], labels)
 
     def rows(read, numbers):
-        parts = in_threads(lambda j: read(collection, j // v, size, crop)[j % v], numbers, workers)
+        parts = in_parallel(lambda j: read(collection, j // v, size, crop)[j % v], numbers, workers)
         return np.stack(list(parts))
 
     maps = Live((n, D, side, side), lambda numbers: compute(rows(image_views, numbers)))
@@ -494,7 +494,7 @@ def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, w
         return rows, image_views(collection, i, size, crop), label_views(collection, i, size, crop)
 
     # To write a batch takes a few hundredths of a second, so nothing but decoding goes on beside the network.
-    decoded = iter(progress(in_threads(read, todo, workers), "features", "image", len(mine),
+    decoded = iter(progress(in_parallel(read, todo, workers), "features", "image", len(mine),
                             len(mine) - len(todo), rank))
     while batch := list(itertools.islice(decoded, max(1, views_at_once // v))):
         rows, pixels, labels = map(np.concatenate, zip(*batch))

@@ -58,9 +58,11 @@ def hungarian(score):
     """The one-to-one matching of clusters to classes with the largest total score (Kuhn 1955).
 
     score: (n_clusters, n_classes), finite. Returns (n_clusters,) int64: the class of each cluster, or -1 for
-    one left over because clusters outnumber classes.
+    one left over because clusters outnumber classes. Raises ValueError for values that are not finite.
     """
     cost = -np.asarray(score, dtype=np.float64)
+    if not np.isfinite(cost).all():  # the search would never end
+        raise ValueError("the scores must be finite")
     n, m = cost.shape
     size = max(n, m)
     cost = np.pad(cost, ((0, size - n), (0, size - m)))  # what is matched to the padding is left over
@@ -367,7 +369,7 @@ def segment(model, collection, size, probes, refined=(), workers=2, rank=0, worl
         return data.image_views(collection, i, size)[0], data.label_views(collection, i, size)[0]
 
     def predictions():
-        decoded = data.in_threads(read, mine, workers)
+        decoded = data.in_parallel(read, mine, workers)
         while batch := list(itertools.islice(decoded, batch_size)):
             pixels = torch.from_numpy(np.stack([image for image, _ in batch])).to(device)
             features, codes = flip_averaged(model, data.normalize(pixels))
@@ -382,7 +384,7 @@ def segment(model, collection, size, probes, refined=(), workers=2, rank=0, worl
                 yield np.ascontiguousarray(image.transpose(1, 2, 0)), label, clusters, probabilities
 
     try:  # the CRFs of some images run beside the network's next batch
-        yield from data.in_threads(refine, predictions(), workers, 2 * batch_size, pool)
+        yield from data.in_parallel(refine, predictions(), workers, 2 * batch_size, pool)
     finally:
         torch.set_num_threads(threads)
 

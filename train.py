@@ -261,7 +261,7 @@ def main():
 
     model.head.train()
     lambdas, saved_at = (args.lambda_self, args.lambda_knn, args.lambda_rand), time.monotonic()
-    batches = data.in_threads(read, range(first_step, args.steps), workers=1, ahead=1)
+    batches = data.in_parallel(read, range(first_step, args.steps), workers=1, ahead=1)
     bar = data.progress(batches, "train", "step", args.steps, first_step, rank)
     for step, batch in enumerate(bar, first_step):
         x, x_knn, labels = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)

@@ -271,11 +271,11 @@ def test_normalize_is_torchvisions_and_sizes_are_rounded_to_patches():
 
 def test_threads_keep_the_order_run_a_little_ahead_and_end_when_nobody_reads_on():
     started, threads = [], threading.active_count()
-    results = data.in_threads(lambda i: started.append(i) or i * i, iter(range(10 ** 9)), 3, ahead=5)
+    results = data.in_parallel(lambda i: started.append(i) or i * i, iter(range(10 ** 9)), 3, ahead=5)
     assert [next(results) for _ in range(3)] == [0, 1, 4]
     results.close()  # waits for what was begun
     assert sorted(started) == list(range(8)) and threading.active_count() == threads
-    results = data.in_threads(lambda i: 12 // i, [3, 0, 1], 2)
+    results = data.in_parallel(lambda i: 12 // i, [3, 0, 1], 2)
     assert next(results) == 4
     with pytest.raises(ZeroDivisionError):  # where its result would come
         next(results)

@@ -44,6 +44,8 @@ def test_hungarian_equals_brute_force(n, m):
         matched = [(k, c) for k, c in enumerate(assignment) if c >= 0]
         assert len(assignment) == n and len({c for _, c in matched}) == len(matched) == min(n, m)
         assert sum(score[pair] for pair in matched) == pytest.approx(best)
+    with pytest.raises(ValueError, match="finite"):  # and does not search for ever
+        evaluate.hungarian(np.full((n, m), np.nan))
 
 
 @pytest.mark.parametrize("name", ["metrics0", "linear"])
