@@ -59,7 +59,7 @@ def progress(items, name, unit, total, initial=0, rank=0):
     """tqdm over items, in the first process alone: a bar on a terminal, two lines a minute in a log."""
     log = None if sys.stderr.isatty() else SimpleNamespace(
         flush=sys.stderr.flush, write=lambda text: sys.stderr.write(text.replace("\r", "\n")))
-    return tqdm(items, name, total, unit=unit, initial=initial, disable=rank > 0, file=log,
+    return tqdm(items, name, total, unit=unit, initial=initial, disable=rank > 0 or total == 0, file=log,
                 mininterval=30 if log else 0.1)
 
 
