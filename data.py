@@ -60,7 +60,7 @@ def progress(items, name, unit, total, initial=0, rank=0):
     log = None if sys.stderr.isatty() else SimpleNamespace(
         flush=sys.stderr.flush, write=lambda text: sys.stderr.write(text.replace("\r", "\n")))
     return tqdm(items, name, total, unit=unit, initial=initial, disable=rank > 0 or total == 0, file=log,
-                mininterval=30 if log else 0.1)
+                mininterval=30 if log else 0.1, maxinterval=60)
 
 
 # ---- Images and labels ----
