@@ -384,14 +384,9 @@ def label_views(collection, i, size, crop="none"):
     return views(Image.fromarray(label), size, crop)
 
 
-@functools.cache  # so that a GPU waits for these numbers only once
-def mean_and_std(device):
-    return [torch.tensor(values, device=device).reshape(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD)]
-
-
 def normalize(images):
     """uint8 (N, 3, H, W) -> float32 with ImageNet's mean and standard deviation, on the same device."""
-    mean, std = mean_and_std(images.device)
+    mean, std = torch.tensor([IMAGE_MEAN, IMAGE_STD], device=images.device).reshape(2, 3, 1, 1)
     return (images.float() / 255 - mean) / std
 
 
