@@ -515,8 +515,8 @@ RENAMES = [  # regular expressions, applied in this order: names of transformers
     (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     (r"^(storage_tokens|reg_token)$", "register_tokens"),
 ]
-PLAIN_MLP = {"up_proj": "fc1", "down_proj": "fc2"}
-SWIGLU = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3", "fc1_g": "w1", "fc1_x": "w2", "fc2": "w3"}
+PLAIN_MLP = [(r"\bup_proj\b", "fc1"), (r"\bdown_proj\b", "fc2")]
+SWIGLU = [(r"\b(gate_proj|fc1_g)\b", "w1"), (r"\b(up_proj|fc1_x)\b", "w2"), (r"\b(down_proj|fc2)\b", "w3")]
 UNUSED = r"mask_token$|pooler\.|local_cls_norm\.|(dino_|ibot_)?head\.|.*\.bias_mask$"  # of pretraining only
 
 
@@ -524,10 +524,8 @@ def meta_names(state):
     """The weights in `state` under Meta's names, in float32, in tensors of their own."""
     swiglu, named = any("gate_proj" in key or "fc1_g" in key for key in state), {}
     for key, value in state.items():
-        for pattern, replacement in RENAMES:
+        for pattern, replacement in RENAMES + (SWIGLU if swiglu else PLAIN_MLP):
             key = re.sub(pattern, replacement, key)
-        for theirs, ours in (SWIGLU if swiglu else PLAIN_MLP).items():
-            key = key.replace(f".mlp.{theirs}.", f".mlp.{ours}.")
         if not re.match(UNUSED, key):
             named[key] = value.to(torch.float32, copy=True)
     for attn in {key.partition(".attn.")[0] + ".attn." for key in named if ".attn." in key}:
