@@ -395,11 +395,8 @@ def normalize(images):
 class Live:
     """Stands in for a memory map that would not fit: its rows are computed whenever they are read."""
 
-    def __init__(self, shape, rows):
-        self.shape, self.rows = shape, rows
-
-    def __len__(self):
-        return self.shape[0]
+    def __init__(self, rows):
+        self.rows = rows
 
     def __getitem__(self, indices):
         return self.rows(indices.tolist())
@@ -464,8 +461,8 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
         parts = in_parallel(lambda j: read(collection, j // v, size, crop)[j % v], numbers, workers)
         return np.stack(list(parts))
 
-    maps = Live((n, D, side, side), lambda numbers: compute(rows(image_views, numbers)))
-    labels = Live((n, size, size), lambda numbers: torch.from_numpy(rows(label_views, numbers)))
+    maps = Live(lambda numbers: compute(rows(image_views, numbers)))
+    labels = Live(lambda numbers: torch.from_numpy(rows(label_views, numbers)))
     return Features(maps, found["vectors"], labels)
 
 

@@ -154,16 +154,16 @@ def kmeans(codes, n_clusters, restarts=20, seed=0, iterations=100):
 
 
 @torch.no_grad()
-def sample_positions(maps, n_points=50_000, seed=0):
-    """About n_points vectors at random positions of random maps, on which k-means is fitted.
+def sample_positions(features, n_points=50_000, seed=0):
+    """About n_points features at random positions of random views, on which k-means is fitted.
 
-    maps: (N, D, h, w). Returns (n, D) float32.
+    Returns (n, D) float32.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(maps), generator=generator)[:2000].sort().values  # enough, and quick to read
+    chosen = torch.randperm(len(features.vectors), generator=generator)[:2000].sort().values  # enough views
     per_map, vectors = -(-n_points // len(chosen)), []
     for indices in chosen.split(32):
-        read = maps[indices].float().flatten(2).transpose(1, 2)  # (n, h w, D)
+        read = features.maps[indices].float().flatten(2).transpose(1, 2)  # (n, h w, D)
         positions = torch.rand(read.shape[:2], generator=generator).argsort(1)[:, :per_map].to(read.device)
         vectors.append(read.take_along_dim(positions[..., None], 1).flatten(0, 1))  # (n per_map, D)
     return torch.cat(vectors)
@@ -252,7 +252,8 @@ def precision_recall(similarity, same, n_points=200):
 @torch.no_grad()
 def survey(model, features, n_views=500):
     """(views, clusters): evenly spaced training views (m,) and their predicted clusters (m, h, w)."""
-    views = torch.linspace(0, len(features.maps) - 1, min(n_views, len(features.maps))).long()
+    n = len(features.vectors)
+    views = torch.linspace(0, n - 1, min(n_views, n)).long()
     device = model.refit_probe.centroids.device
     clusters = [model.refit_probe(model.head(features.maps[part].to(device).float())).argmax(1).cpu()
                 for part in views.split(32)]

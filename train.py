@@ -232,7 +232,7 @@ def main():
     if args.same_class:
         shifts, rates = ["auto"] * 3, args.same_class
     elif "auto" in shifts:
-        vectors = evaluate.sample_positions(features.maps, 20_000, args.seed)
+        vectors = evaluate.sample_positions(features, 20_000, args.seed)
         pi_rand = evaluate.random_pair_rate(vectors, args.num_clusters, args.seed)
         rates = stego.same_class_rates(*(F for F, _, _ in sample_pairs().values()), pi_rand)
     for i, (F, _, _) in enumerate(pairs.values()):
@@ -301,7 +301,7 @@ def main():
     # ---- clusters from the finished codes, and from the raw features for comparison ----
     centroids = [None, None]
     if rank == 0:
-        points = evaluate.sample_positions(features.maps, seed=args.seed).to(device)  # (n, D)
+        points = evaluate.sample_positions(features, seed=args.seed).to(device)  # (n, D)
         with torch.no_grad():
             codes = model.head(points[:, :, None, None]).flatten(1)  # (n, K), as the head is 1x1
         centroids = [evaluate.kmeans(vectors, args.num_clusters, seed=args.seed).cpu()
