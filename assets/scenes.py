@@ -410,6 +410,7 @@ class Painter:
         return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
+@functools.lru_cache(maxsize=16)  # for those who ask for the image and then for the label
 def draw_scene(seed):
     """(image, label) of one landscape: PIL "RGB" and PIL "L" (ids into CLASSES), both 128 x 128."""
     painter = Painter(seed)

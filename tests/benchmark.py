@@ -151,8 +151,8 @@ def crf(quick, device):
 
 def evaluation(quick, device):
     n, size, workers = (8, 128, os.cpu_count()) if quick else (32, 320, os.cpu_count())
-    model, scenes = stego.Stego(stego.load_backbone("vit_tiny_scenes"), 70, 9, 9), data.Scenes("dev", n)
-    model = model.to(device).eval()
+    model, scenes = stego.Stego(stego.load_backbone("vit_tiny_scenes"), 70, 9, 9), data.Scenes("dev")
+    model, scenes.images = model.to(device).eval(), scenes.images[:n]
     plain, refined = take_turns(1, device, *(lambda crf=crf: evaluate.evaluate(
         model, scenes, size, evaluate.model_probes(model), crf, workers) for crf in (False, True)))
     yield row("evaluate", n / plain, "images/s", None, f"{n} scenes, {size} px, 2 probes, without CRF")
