@@ -119,11 +119,9 @@ class Collection:
         return read_image(self.images[i])
 
     def label(self, i):
-        """(H, W) uint8 of classes and VOID, or None."""
-        if not self.labels[i]:
-            return None
-        ids = read_label(self.labels[i])
-        return self.classes[np.where((ids >= 0) & (ids < VOID), ids, VOID).astype(np.uint8)]
+        """PIL, L, of classes and VOID; all VOID, and of any size, where there is no label."""
+        ids = read_label(self.labels[i]) if self.labels[i] else np.full((2, 2), VOID)
+        return Image.fromarray(self.classes[np.where((ids >= 0) & (ids < VOID), ids, VOID).astype(np.uint8)])
 
     def fingerprint(self):
         """Plain values that change whenever a file does."""
@@ -139,8 +137,8 @@ def check_files(collections, workers, rank=0):
         collection, i = item
         try:
             image, label = collection.image(i), collection.label(i)
-            if label is not None and label.shape != (image.height, image.width):
-                return f"{collection.labels[i]}: {label.shape[::-1]} pixels, but its image has {image.size}"
+            if collection.labels[i] and label.size != image.size:
+                return f"{collection.labels[i]}: {label.size} pixels, but its image has {image.size}"
         except InputError as error:
             return str(error)
 
@@ -322,7 +320,7 @@ class Scenes(Collection):
         return scenes.draw_scene(self.images[i])[0]
 
     def label(self, i):
-        return np.array(scenes.draw_scene(self.images[i])[1])
+        return scenes.draw_scene(self.images[i])[1]
 
     def fingerprint(self):
         return ["scenes", scenes.VERSION, self.split, len(self)]
@@ -357,7 +355,7 @@ def square_view(image, size):
 
 
 def views(image, size, crop="none"):
-    """Square views of a PIL image, (v, size, size) or (v, size, size, 3) uint8.
+    """Square views of an image or a label, PIL: (v, size, size, 3) or (v, size, size) uint8.
 
     crop: "none" for the centre; "five", as in the authors' crop_datasets.py, for the four corners and the
     centre at half the height and width, each then resized and cropped by itself.
@@ -368,22 +366,10 @@ def views(image, size, crop="none"):
     return np.stack([np.asarray(square_view(part, size)) for part in parts])
 
 
-def image_views(collection, i, size, crop="none"):
-    """Views of image i, (v, 3, size, size) uint8."""
-    return np.ascontiguousarray(views(collection.image(i), size, crop).transpose(0, 3, 1, 2))
-
-
-def label_views(collection, i, size, crop="none"):
-    """Views of the label of image i, (v, size, size) uint8, all VOID if it has none."""
-    label = collection.label(i)
-    label = np.full((2, 2), VOID, np.uint8) if label is None else label
-    return views(Image.fromarray(label), size, crop)
-
-
 def normalize(images):
-    """uint8 (N, 3, H, W) -> float32 with ImageNet's mean and standard deviation, on the same device."""
+    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) with ImageNet's mean and deviation, on the same device."""
     mean, std = torch.tensor([IMAGE_MEAN, IMAGE_STD], device=images.device).reshape(2, 3, 1, 1)
-    return (images.float() / 255 - mean) / std
+    return (images.permute(0, 3, 1, 2).contiguous().float() / 255 - mean) / std
 
 
 # ---- Every feature once ----
@@ -454,11 +440,11 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
         return Features(found["maps"].permute(0, 3, 1, 2), found["vectors"], labels)
 
     def rows(read, numbers):
-        parts = in_parallel(lambda j: read(collection, j // v, size, crop)[j % v], numbers, workers)
+        parts = in_parallel(lambda j: views(read(j // v), size, crop)[j % v], numbers, workers)
         return np.stack(list(parts))
 
-    maps = Live(lambda numbers: compute(rows(image_views, numbers)))
-    labels = Live(lambda numbers: torch.from_numpy(rows(label_views, numbers)))
+    maps = Live(lambda numbers: compute(rows(collection.image, numbers)))
+    labels = Live(lambda numbers: torch.from_numpy(rows(collection.label, numbers)))
     return Features(maps, found["vectors"], labels)
 
 
@@ -479,7 +465,7 @@ def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, w
 
     def read(i):
         rows = np.arange(i * v, (i + 1) * v)
-        return rows, image_views(collection, i, size, crop), label_views(collection, i, size, crop)
+        return rows, views(collection.image(i), size, crop), views(collection.label(i), size, crop)
 
     # To write a batch takes a few hundredths of a second, so nothing but decoding goes on beside the network.
     decoded = iter(progress(in_parallel(read, todo, workers), "features", "image", len(mine),

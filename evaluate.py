@@ -367,7 +367,7 @@ def segment(model, collection, size, probes, refined=(), workers=2, rank=0, worl
         torch.set_num_threads(max(1, threads // 2))
 
     def read(i):
-        return data.image_views(collection, i, size)[0], data.label_views(collection, i, size)[0]
+        return data.views(collection.image(i), size)[0], data.views(collection.label(i), size)[0]
 
     def predictions():
         decoded = data.in_parallel(read, mine, workers)
@@ -382,7 +382,7 @@ def segment(model, collection, size, probes, refined=(), workers=2, rank=0, worl
                     values[RAW] = nnf.interpolate(cosine, (size, size), mode="bilinear")[0]
                 clusters = {row: values[row].argmax(0).byte().cpu().numpy() for row in probes}
                 probabilities = {row + CRF: values[row].exp().half().cpu().numpy() for row in refined}
-                yield np.ascontiguousarray(image.transpose(1, 2, 0)), label, clusters, probabilities
+                yield image, label, clusters, probabilities
 
     try:  # the CRFs of some images run beside the network's next batch
         yield from data.in_parallel(refine, predictions(), workers, 2 * batch_size, pool)
@@ -531,11 +531,11 @@ def predict(model, probe, image, size, crf=True):
     image, patch = image.convert("RGB"), model.backbone.patch_size
     scale, device = size / min(image.size), next(model.head.parameters()).device
     h, w = (data.round_to_patch(min(side * scale, 4 * size), patch) for side in (image.height, image.width))
-    pixels = TF.pil_to_tensor(TF.resize(image, (h, w), data.RESIZE))
-    codes = flip_averaged(model, data.normalize(pixels[None].to(device)))[1]
+    pixels = np.array(TF.resize(image, (h, w), data.RESIZE))  # (h, w, 3)
+    codes = flip_averaged(model, data.normalize(torch.from_numpy(pixels)[None].to(device)))[1]
     probabilities = log_probabilities(probe, codes, (h, w))[0].exp().cpu()  # (n_clusters, h, w)
     if crf:
-        probabilities = torch.from_numpy(dense_crf(pixels.permute(1, 2, 0).numpy(), probabilities.numpy()))
+        probabilities = torch.from_numpy(dense_crf(pixels, probabilities.numpy()))
     # Class by class, as all classes of a photo of 12 megapixels would take gigabytes.
     full_size = image.height, image.width
     highest, ids = torch.full(full_size, -1.0), torch.zeros(full_size, dtype=torch.uint8)
@@ -752,18 +752,18 @@ def draw_heatmaps(path, model, collection, neighbors, size, crop, n_images=5):
     """
     device, v, rows = next(model.head.parameters()).device, len(neighbors) // len(collection), []
     for n in np.linspace(0, len(neighbors) - 1, min(n_images, len(neighbors))).round().astype(int).tolist():
-        pair = [data.image_views(collection, m // v, size, crop)[m % v] for m in (n, int(neighbors[n, 0]))]
-        pixels = torch.from_numpy(np.stack(pair))  # (2, 3, size, size)
+        pair = [data.views(collection.image(m // v), size, crop)[m % v] for m in (n, int(neighbors[n, 0]))]
+        pixels = torch.from_numpy(np.stack(pair))  # (2, size, size, 3)
         features = model.features(data.normalize(pixels.to(device)))  # (2, D, h, h)
         h, r = features.shape[2], max(3, size // 40)
         x = (h // 2 + 0.5) * size / h  # across and down, the centre of the central patch
-        rows.append([TF.to_pil_image(view) for view in pixels])
+        rows.append([Image.fromarray(view) for view in pair])
         ImageDraw.Draw(rows[-1][0]).ellipse((x - r, x - r, x + r, x + r), "white", "black", r // 3)
         for maps in (features, model.head(features)):
             point = maps[:1, :, h // 2, h // 2, None, None]  # (1, D, 1, 1)
             cosine = nnf.cosine_similarity(maps, point)[:, None].clamp(min=0)  # (2, 1, h, h)
-            cosine = nnf.interpolate(cosine, (size, size), mode="bilinear").cpu()
-            rows[-1].extend(TF.to_pil_image(view) for view in (pixels * cosine).byte())
+            cosine = nnf.interpolate(cosine, (size, size), mode="bilinear")[:, 0, :, :, None].cpu()
+            rows[-1].extend(Image.fromarray(view) for view in (pixels * cosine).byte().numpy())
     titles = ("view and point", "neighbour", "F in view", "F in neighbour", "S in view", "S in neighbour")
     draw_panel(path, titles, rows, {"cosine 1": (255, 255, 255), "0 or less": (0, 0, 0)})
 

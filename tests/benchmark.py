@@ -73,7 +73,7 @@ def train_step(quick, device):
     lambdas, shifts = ([preset[f"{kind}_{term}"] for term in ("self", "knn", "rand")]
                        for kind in ("lambda", "b"))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 5e-4)
-    images, labels = torch.randint(256, (n, 3, size, size)).byte(), torch.randint(27, (n, size, size)).byte()
+    images, labels = torch.randint(256, (n, size, size, 3)).byte(), torch.randint(27, (n, size, size)).byte()
     maps = torch.randn(n, size // 8, size // 8, 384, device=device).half().permute(0, 3, 1, 2)
     model.head.train()
 

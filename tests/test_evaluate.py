@@ -152,14 +152,14 @@ class Made(data.Collection):
         return Image.fromarray(blocks.repeat(8, 0).repeat(8, 1))
 
     def label(self, i):
-        return np.random.default_rng(i).integers(0, 4, (40, 64), np.uint8)
+        return Image.fromarray(np.random.default_rng(i).integers(0, 4, (40, 64), np.uint8))
 
 
 @pytest.fixture
 def model(backbone):
     model = stego.Stego(backbone, 6, 5, n_classes=3).eval().requires_grad_(False)
     model.refit_probe = stego.ClusterProbe(6, 5).requires_grad_(False)
-    views = torch.from_numpy(np.concatenate([data.image_views(Made(), i, 32) for i in range(4)]))
+    views = torch.from_numpy(np.concatenate([data.views(Made().image(i), 32) for i in range(4)]))
     codes = model(data.normalize(views)).permute(1, 0, 2, 3).flatten(1).T
     model.refit_probe.centroids.copy_(evaluate.kmeans(codes, 5))  # so that all clusters occur
     return model
@@ -182,21 +182,21 @@ def test_evaluation_equals_a_straight_computation(model):
     confusions, samples = evaluate.evaluate(model, collection, 32, probes, crf=True, workers=1, n_samples=3)
     expected, refined_pixels = dict.fromkeys([*probes, REFIT + CRF, LINEAR + CRF], 0), 0
     for i in range(4):
-        image, label = data.image_views(collection, i, 32), data.label_views(collection, i, 32)[0]
+        image, label = data.views(collection.image(i), 32), data.views(collection.label(i), 32)[0]
         features, codes = evaluate.flip_averaged(model, data.normalize(torch.from_numpy(image)))
         clusters = {RAW: nnf.interpolate(raw(features), (32, 32), mode="bilinear")[0].argmax(0)}
         for row, probe in evaluate.model_probes(model).items():
             p = evaluate.log_probabilities(probe, codes, (32, 32))[0].exp()
             clusters[row] = p.argmax(0)
             if row != ONLINE:  # as float16, as the probabilities go to another process
-                clusters[row + CRF] = dense_crf(image[0].transpose(1, 2, 0), p.half().numpy()).argmax(0)
+                clusters[row + CRF] = dense_crf(image[0], p.half().numpy()).argmax(0)
                 refined_pixels += (clusters[row + CRF] != clusters[row].numpy()).sum()
         for row, found in clusters.items():
             n_clusters = 3 if row.startswith(LINEAR) else 5
             expected[row] = expected[row] + evaluate.confusion_matrix(found, label, n_clusters, 3)
     assert confusions.keys() == expected.keys() and refined_pixels > 0
     assert all(torch.equal(confusions[row], expected[row]) for row in expected)
-    assert len(samples) == 3 and np.array_equal(samples[2][0].transpose(2, 0, 1), image[0])
+    assert len(samples) == 3 and np.array_equal(samples[2][0], image[0])
 
 
 def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(model, tmp_path, capsys):
@@ -253,7 +253,7 @@ def test_photos_of_any_size_are_segmented_at_their_own_size(model):
 
 def test_a_prediction_is_of_the_whole_image(model):
     image = Made().image(0)  # 64 x 40, multiples of the patch
-    pixels = data.normalize(torch.tensor(np.asarray(image)).permute(2, 0, 1)[None])
+    pixels = data.normalize(torch.tensor(np.asarray(image))[None])
     codes = evaluate.flip_averaged(model, pixels)[1]
     expected = evaluate.log_probabilities(model.refit_probe, codes, (40, 64))[0].argmax(0)
     assert np.array_equal(evaluate.predict(model, model.refit_probe, image, 40, False), expected)
