@@ -308,11 +308,6 @@ def prediction_row(probes):
     return REFIT if REFIT in probes else ONLINE
 
 
-def n_outputs(probe):
-    """How many clusters, or classes, a cluster or a linear probe tells apart."""
-    return len(next(probe.parameters()))
-
-
 @torch.no_grad()
 def flip_averaged(model, images):
     """(features, codes) of normalised images (N, 3, H, W), averaged with those of their mirror images."""
@@ -398,11 +393,12 @@ def evaluate(model, collection, size, probes, crf=True, workers=2, rank=0, world
     own images.
     """
     n, samples, best = len(range(rank, len(collection), world)), [], prediction_row(probes)
-    n_classes = collection.n_classes if collection.has_labels else n_outputs(probes[best])
+    n_classes = collection.n_classes if collection.has_labels else len(probes[best].centroids)
     refined = [row for row in (best, LINEAR) if crf and row in probes]
-    rows = [*probes, *(row + CRF for row in refined)]
-    confusions = {row: torch.zeros(n_outputs(probes[row.removesuffix(CRF)]), n_classes, dtype=torch.int64)
-                  for row in rows}
+    confusions = {}
+    for row in (*probes, *(row + CRF for row in refined)):
+        weight = next(probes[row.removesuffix(CRF)].parameters())  # a row for each cluster, or class
+        confusions[row] = torch.zeros(len(weight), n_classes, dtype=torch.int64)
     wanted = np.linspace(0, n - 1, min(n_samples, n)).round().astype(int)
     segmented = segment(model, collection, size, probes, refined, workers, rank, world)
     for i, (image, label, clusters) in enumerate(data.progress(segmented, "evaluate", "image", n, rank=rank)):
@@ -901,7 +897,7 @@ def main():
     probes, patch = model_probes(model), model.backbone.patch_size
     size = data.round_to_patch(args.eval_resolution or config["eval_resolution"], patch)
     probe = probes[prediction_row(probes)]
-    legend = read_legend(path.with_name("clusters.json"), n_outputs(probe))
+    legend = read_legend(path.with_name("clusters.json"), len(probe.centroids))
     if args.predict:
         predict_folder(model, probe, args.predict, args.out, size, *legend, args.crf)
         return
@@ -927,7 +923,7 @@ def main():
         print(f"pictures are in {out}")
         return
 
-    if LINEAR in probes and n_outputs(probes[LINEAR]) != collection.n_classes:
+    if LINEAR in probes and probes[LINEAR].out_channels != collection.n_classes:
         print("the linear probe is left out: it was taught other classes than these images have")
         del probes[LINEAR]
     print(f"{len(collection)} images of {collection.folder}, split {collection.split}, at {size} pixels")
