@@ -711,13 +711,6 @@ def draw_clusters(path, collection, views, clusters, names, colours, size, crop,
     return shares.tolist()
 
 
-def draw_losses(path, rows):
-    """Save the losses of log.jsonl as curves."""
-    steps = [row["step"] for row in rows]
-    plots = {name: {"loss": (steps, [row[name] for row in rows])} for name in rows[0] if name != "step"}
-    draw_curves(path, plots, "step")
-
-
 def draw_diagnostics(path, pairs, shifts):
     """Save the distributions of F and S over each term's pairs (see correspondences) and its shift."""
     plots, cosines = {}, np.linspace(-0.9875, 0.9875, 80)

@@ -346,7 +346,10 @@ def main():
                                         args.crop)
         evaluate.write_legend(named, names, colours, share=shares)
         if rows:  # of ten steps or more
-            evaluate.draw_losses(folder / "losses.png", rows)
+            steps = [row["step"] for row in rows]
+            plots = {term: {"loss": (steps, [row[term] for row in rows])}
+                     for term in rows[0] if term != "step"}
+            evaluate.draw_curves(folder / "losses.png", plots, "step")
         seconds = time.perf_counter() - started
         print(f"scores, pictures and checkpoint.pt are in {folder}, after {seconds:.0f} seconds")
         print(f"next: look at clusters.png there, type names into clusters.json, and segment photos with\n"
