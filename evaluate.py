@@ -228,11 +228,6 @@ def correspondences(features, neighbors, head, device, center=False, dropout=0.0
     return {term: tuple(map(torch.cat, zip(*parts))) for term, parts in found.items()}
 
 
-def percent(shares):
-    """The means of tensors of zeros and ones, as text."""
-    return ", ".join(f"{100 * share.float().mean():.0f} %" for share in shares)
-
-
 def precision_recall(similarity, same, n_points=200):
     """(recall, precision, average precision) of "similar points have one class", at n_points ranks.
 
@@ -698,7 +693,7 @@ def draw_clusters(path, collection, views, clusters, names, colours, size, crop,
     shares, rows = in_view.mean(0), []
     for k in shares.argsort(descending=True).tolist():
         swatch = Image.new("RGB", (200, 200), tuple(map(int, colours[k])))
-        ImageDraw.Draw(swatch).text((100, 100), f"{k}: {names[k]}\n{100 * shares[k]:.1f} %", "white",
+        ImageDraw.Draw(swatch).text((100, 100), f"{k}: {names[k]}\n{shares[k]:.1%}", "white",
                                     ImageFont.load_default(22), "mm", stroke_width=2, stroke_fill="black")
         rows.append([swatch])
         for i in in_view[:, k].topk(min(n_shown, len(views))).indices.tolist():
@@ -716,7 +711,7 @@ def draw_diagnostics(path, pairs, shifts):
     plots, cosines = {}, np.linspace(-0.9875, 0.9875, 80)
     for (term, (F, S, _)), shift in zip(pairs.items(), shifts):
         f, s = (np.histogram(values.clamp(-1, 1), 80, (-1, 1), density=True)[0] for values in (F, S))
-        plots[f"{term}: {percent([F > shift])} attract"] = {
+        plots[f"{term}: {(F > shift).float().mean():.0%} attract"] = {
             "F, features": (cosines, f), "S, codes": (cosines, s),
             "shift b": ([shift, shift], [0, max(*f, *s)])}
     draw_curves(path, plots, "cosine (up: density of pairs)")

@@ -240,12 +240,12 @@ def main():
             shifts[i] = F.quantile(1 - rates[i]).item()
     if world > 1:
         dist.broadcast_object_list(shifts)
-    attract = [(F > shift).float() for (F, _, _), shift in zip(pairs.values(), shifts)]
+    attract = [(F > shift).float().mean().item() for (F, _, _), shift in zip(pairs.values(), shifts)]
     print(f"shifts (self, knn, rand): {', '.join(f'{shift:.3f}' for shift in shifts)}")
-    print(f"shares of pairs that attract: {evaluate.percent(attract)}")
+    print(f"shares of pairs that attract: {', '.join(f'{share:.0%}' for share in attract)}")
     if train.has_labels:
-        true = evaluate.percent(same[same >= 0] for _, _, same in pairs.values())
-        print(f"shares of pairs of one class, by the labels: {true}")
+        true = [same[same >= 0].float().mean() for _, _, same in pairs.values()]
+        print(f"shares of pairs of one class, by the labels: {', '.join(f'{share:.0%}' for share in true)}")
 
     # ---- the loop: reads features, never images. Every random number is a function of seed and step ----
     def read(step):
@@ -340,7 +340,7 @@ def main():
         legend, edited = evaluate.read_legend(named, n_clusters), named.is_file()
         found = evaluate.report(
             folder, confusions, samples, val, probes, legend, args.commonest, warnings, config=vars(args),
-            health=health, shifts=shifts, attract=[share.mean().item() for share in attract])
+            health=health, shifts=shifts, attract=attract)
         names, colours = legend if edited else found
         shares = evaluate.draw_clusters(folder / "clusters.png", train, views, clusters, names, colours, size,
                                         args.crop)
