@@ -246,21 +246,14 @@ def precision_recall(similarity, same, n_points=200):
 
 @torch.no_grad()
 def survey(model, features, n_views=500):
-    """(views, clusters): evenly spaced training views (m,) and their predicted clusters (m, h, w)."""
+    """Evenly spaced training views (m,), their predicted clusters and labels at patch centres, (m, h, w)."""
     n = len(features.vectors)
     views = torch.linspace(0, n - 1, min(n_views, n)).long()
     device = model.refit_probe.centroids.device
     clusters = [model.refit_probe(model.head(features.maps[part].to(device).float())).argmax(1).cpu()
                 for part in views.split(32)]
-    return views, torch.cat(clusters)
-
-
-def commonest_classes(features, views, clusters, n_clusters, n_classes):
-    """The commonest label at the patch centres of each cluster in a survey, (n_clusters,)."""
-    labels = features.labels[views]  # (m, size, size)
-    patch = labels.shape[1] // clusters.shape[1]
-    labels = labels[:, patch // 2::patch, patch // 2::patch]  # (m, h, w)
-    return confusion_matrix(clusters, labels, n_clusters, n_classes).argmax(1).tolist()
+    labels, patch = features.labels[views], model.backbone.patch_size
+    return views, torch.cat(clusters), labels[:, patch // 2::patch, patch // 2::patch]
 
 
 @torch.no_grad()
@@ -412,9 +405,9 @@ def evaluate(model, collection, size, probes, crf=True, workers=2, rank=0, world
 def report(folder, confusions, samples, collection, probes, legend, commonest=None, warnings=(), **more):
     """Prints the table; writes scores.json, panel.png and, with labels, confusion.png into `folder`.
 
-    legend: (names, colours) of the predicted clusters. commonest: see commonest_classes. warnings and more
-    are stored. With labels, clusters are also read by commonest and by their own names, where those are names
-    of classes. Returns the legend that the matching gives.
+    legend: (names, colours) of the predicted clusters. commonest: the class that each shows most in training
+    images. warnings and more are stored. With labels, clusters are also read by commonest and by their own
+    names, where those are names of classes. Returns the legend that the matching gives.
     """
     folder.mkdir(parents=True, exist_ok=True)
     labelled, best = collection.has_labels, prediction_row(probes)

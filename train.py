@@ -313,7 +313,7 @@ def main():
     for probe, found in zip((raw, model.refit_probe), centroids):
         probe.to(device).requires_grad_(False).centroids.copy_(found)
     if rank == 0:
-        views, clusters = evaluate.survey(model, features)
+        views, clusters, labels = evaluate.survey(model, features)
         pairs = sample_pairs(args.center, args.dropout)  # with S of the finished codes
         evaluate.draw_diagnostics(folder / "diagnostics.png", pairs, shifts)
         health, warnings = evaluate.diagnose(codes, model.refit_probe, clusters)
@@ -323,8 +323,8 @@ def main():
         if n_clusters < args.num_clusters:
             print(f"{n_clusters} of {args.num_clusters} clusters are left, as the others nearly coincided")
         if train.has_labels:
-            args.commonest = evaluate.commonest_classes(features, views, clusters, n_clusters,
-                                                        train.n_classes)
+            counts = evaluate.confusion_matrix(clusters, labels, n_clusters, train.n_classes)
+            args.commonest = counts.argmax(1).tolist()
     save(max(first_step, args.steps))
 
     # ---- evaluation ----
