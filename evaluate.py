@@ -291,9 +291,9 @@ def model_probes(model):
     return {row: probe for row, probe in probes.items() if probe is not None}
 
 
-def prediction_row(probes):
+def prediction_row(rows):
     """The row whose clusters are the prediction: k-means on the finished codes, if that was done."""
-    return REFIT if REFIT in probes else ONLINE
+    return REFIT if REFIT in rows else ONLINE
 
 
 @torch.no_grad()
@@ -402,7 +402,7 @@ def evaluate(model, collection, size, probes, crf=True, workers=2, rank=0, world
 
 # ---- Results: a table, scores.json, pictures ----
 
-def report(folder, confusions, samples, collection, probes, legend, commonest=None, warnings=(), **more):
+def report(folder, confusions, samples, collection, legend, commonest=None, warnings=(), **more):
     """Prints the table; writes scores.json, panel.png and, with labels, confusion.png into `folder`.
 
     legend: (names, colours) of the predicted clusters. commonest: the class that each shows most in training
@@ -410,7 +410,7 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
     names, where those are names of classes. Returns the legend that the matching gives.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    labelled, best = collection.has_labels, prediction_row(probes)
+    labelled, best = collection.has_labels, prediction_row(confusions)
     assignments = {row: np.arange(len(confusion)) if row.startswith(LINEAR) else hungarian(confusion)
                    for row, confusion in confusions.items()}
     names, palette = (collection.names, collection.palette) if labelled else legend
@@ -432,7 +432,8 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
         if RAW in results and results[best]["miou"] < results[RAW]["miou"]:
             warnings = [*warnings, "the codes score below k-means on the features: train longer (--steps), "
                         "give other shifts (--same-class), or look at evaluate.py RUN --correspondences"]
-        print("\n" + table([results], best))
+        print()
+        print_table([results])
         order = np.argsort(assignments[best] % (VOID + 1), kind="stable")  # by class, those without one last
         rows = [names_found[k] for k in order]
         draw_confusion(folder / "confusion.png", confusions[best][order], rows, names)
@@ -454,17 +455,16 @@ def report(folder, confusions, samples, collection, probes, legend, commonest=No
     return names_found, colours[best]
 
 
-def table(runs, best=None):
-    """Scores as text, a line a row. runs: row -> `scores`, of each run; of several, mean ± deviation."""
-    lines = [f"{'mIoU':>38}{'accuracy':>14}"]
+def print_table(runs):
+    """Prints scores, a line a row. runs: row -> `scores`, of each run; of several, mean ± deviation."""
+    print(f"{'mIoU':>38}{'accuracy':>14}")
     for row in dict.fromkeys(itertools.chain(*runs)):
         line = f"{row:24}"
         for score in ("miou", "accuracy"):
             values = [run[row][score] for run in runs if row in run and run[row][score] is not None]
             spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
             line += f"{np.mean(values):.1f}{spread}".rjust(14) if values else " " * 14
-        lines.append(line + ("   <- the prediction" if row == best else ""))
-    return "\n".join(lines)
+        print(line + ("   <- the prediction" if row == prediction_row(runs[0]) else ""))
 
 
 def compare(folders):
@@ -479,11 +479,10 @@ def compare(folders):
             continue
         settings = {key: value for key, value in summary["config"].items() if key not in varying}
         same = json.dumps([settings, summary["data"], summary["split"]], sort_keys=True)
-        groups.setdefault(same, {})[str(folder)] = summary
+        groups.setdefault(same, {})[str(folder)] = summary["results"]
     for runs in groups.values():
         print(f"\n{len(runs)} runs: {', '.join(runs)}")
-        summaries = list(runs.values())
-        print(table([summary["results"] for summary in summaries], summaries[0]["prediction"]))
+        print_table([*runs.values()])
 
 
 # ---- Your own photos ----
@@ -911,7 +910,7 @@ def main():
     confusions, samples = evaluate(model, collection, size, probes, args.crf, args.workers, rank, world)
     if rank == 0:
         commonest = config.get("commonest") if collection.n_classes == config["num_classes"] else None
-        report(out, confusions, samples, collection, probes, legend, commonest, config=config)
+        report(out, confusions, samples, collection, legend, commonest, config=config)
         print(f"scores and pictures are in {out}")
 
 
