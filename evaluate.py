@@ -402,12 +402,12 @@ def evaluate(model, collection, size, probes, crf=True, workers=2, rank=0, world
 
 # ---- Results: a table, scores.json, pictures ----
 
-def report(folder, confusions, samples, collection, legend, commonest=None, warnings=(), **more):
+def report(folder, confusions, samples, collection, legend, config, warnings=(), **more):
     """Prints the table; writes scores.json, panel.png and, with labels, confusion.png into `folder`.
 
-    legend: (names, colours) of the predicted clusters. commonest: the class that each shows most in training
-    images. warnings and more are stored. With labels, clusters are also read by commonest and by their own
-    names, where those are names of classes. Returns the legend that the matching gives.
+    legend: (names, colours) of the predicted clusters. config: of the run; stored, as are warnings and more.
+    With labels, clusters are also read as the class that each showed most in training, if the classes are the
+    same, and by their own names, where those are names of classes. Returns the legend by the matching.
     """
     folder.mkdir(parents=True, exist_ok=True)
     labelled, best = collection.has_labels, prediction_row(confusions)
@@ -423,8 +423,8 @@ def report(folder, confusions, samples, collection, legend, commonest=None, warn
         colours["label"] = palette
         named = [names.index(name) if name in names else -1 for name in legend[0]]
         readings = [(row, confusions[row], assignment.tolist()) for row, assignment in assignments.items()]
-        if commonest:
-            readings.append((BY_TRAINING, confusions[best], commonest))
+        if config.get("commonest") and config["num_classes"] == collection.n_classes:
+            readings.append((BY_TRAINING, confusions[best], config["commonest"]))
         if max(named) >= 0 and named != assignments[best].tolist():
             readings.append((BY_NAME, confusions[best], named))
         for row, confusion, assignment in readings:
@@ -449,7 +449,7 @@ def report(folder, confusions, samples, collection, legend, commonest=None, warn
                dict(zip([*names, *names_found], [*palette, *colours[best]])))
     summary = {"data": str(collection.folder), "split": collection.split, "images": len(collection),
                "classes": collection.names, "prediction": best, "warnings": [*warnings],
-               "results": results}
+               "results": results, "config": config}
     summary = json.loads(json.dumps({**summary, **more}), parse_constant=lambda _: None)  # JSON has no NaN
     data.write_text(folder / "scores.json", json.dumps(summary, indent=1))
     return names_found, colours[best]
@@ -909,8 +909,7 @@ def main():
     print(f"{len(collection)} images of {collection.folder}, split {collection.split}, at {size} pixels")
     confusions, samples = evaluate(model, collection, size, probes, args.crf, args.workers, rank, world)
     if rank == 0:
-        commonest = config.get("commonest") if collection.n_classes == config["num_classes"] else None
-        report(out, confusions, samples, collection, legend, commonest, config=config)
+        report(out, confusions, samples, collection, legend, config)
         print(f"scores and pictures are in {out}")
 
 

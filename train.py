@@ -339,8 +339,8 @@ def main():
             print(f"the clusters are new; the names of those before are in {aside}")
         legend, edited = evaluate.read_legend(named, n_clusters), named.is_file()
         found = evaluate.report(
-            folder, confusions, samples, val, legend, args.commonest, warnings, config=vars(args),
-            health=health, shifts=shifts, attract=attract)
+            folder, confusions, samples, val, legend, vars(args), warnings, health=health, shifts=shifts,
+            attract=attract)
         names, colours = legend if edited else found
         shares = evaluate.draw_clusters(folder / "clusters.png", train, views, clusters, names, colours, size,
                                         args.crop)

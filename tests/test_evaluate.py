@@ -206,7 +206,8 @@ def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(tmp_path, cap
     counts = np.array([[0, 0, 0], [1, 9, 0], [0, 0, 0], [8, 0, 0], [2, 0, 0]])
     confusions = {REFIT: counts, REFIT + CRF: counts, LINEAR: np.eye(3)}
     legend = ["b", "b", "x", "a", "a"], data.class_palette(5)
-    names, colours = evaluate.report(tmp_path, confusions, samples, Made(), legend, [0, 1, 0, 0, 0])
+    config = {"commonest": [0, 1, 0, 0, 0], "num_classes": 3}
+    names, colours = evaluate.report(tmp_path, confusions, samples, Made(), legend, config)
     summary = json.loads((tmp_path / "scores.json").read_text(), parse_constant=pytest.fail)  # of NaN
     found = summary["results"][REFIT]
     assert found["iou"] == pytest.approx([800 / 11, 90, None]) and found["accuracy"] == pytest.approx(85)
@@ -229,7 +230,7 @@ def test_without_labels_clusters_keep_their_names_and_other_rows_are_painted_lik
     assert torch.equal(confusions[REFIT].sum(0), torch.bincount(counts.flatten(), minlength=5))
     assert torch.equal(confusions[REFIT], confusions[REFIT].diag().diag())
     confusions[REFIT] = torch.diag(torch.tensor([0, 0, 5, 0, 1]))  # of clusters that do not occur
-    assert evaluate.report(tmp_path, confusions, samples, collection, legend)[0] == list("abcde")
+    assert evaluate.report(tmp_path, confusions, samples, collection, legend, {})[0] == list("abcde")
 
 
 def test_compare_groups_runs_by_their_settings(tmp_path, capsys):
