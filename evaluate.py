@@ -411,8 +411,8 @@ def report(folder, confusions, samples, collection, legend, config, warnings=(),
     """
     folder.mkdir(parents=True, exist_ok=True)
     labelled, best = collection.has_labels, prediction_row(confusions)
-    assignments = {row: np.arange(len(confusion)) if row.startswith(LINEAR) else hungarian(confusion)
-                   for row, confusion in confusions.items()}
+    assignments = {row: np.arange(len(counts)) if labelled and row.startswith(LINEAR) else hungarian(counts)
+                   for row, counts in confusions.items()}
     names, palette = (collection.names, collection.palette) if labelled else legend
     extra = data.class_palette(300)[len(palette):]  # for clusters left over
     colours = {row: [palette[c] if c >= 0 else extra[k % len(extra)] for k, c in enumerate(assignment)]

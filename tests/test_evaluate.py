@@ -231,6 +231,9 @@ def test_without_labels_clusters_keep_their_names_and_other_rows_are_painted_lik
     assert torch.equal(confusions[REFIT], confusions[REFIT].diag().diag())
     confusions[REFIT] = torch.diag(torch.tensor([0, 0, 5, 0, 1]))  # of clusters that do not occur
     assert evaluate.report(tmp_path, confusions, samples, collection, legend, {})[0] == list("abcde")
+    probes, legend = {REFIT: stego.ClusterProbe(6, 2), LINEAR: model.linear_probe}, (list("ab"), legend[1][:2])
+    confusions, samples = evaluate.evaluate(model, collection, 32, probes, crf=False, workers=1)
+    assert evaluate.report(tmp_path, confusions, samples, collection, legend, {})[0] == list("ab")
 
 
 def test_compare_groups_runs_by_their_settings(tmp_path, capsys):
