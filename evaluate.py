@@ -405,7 +405,7 @@ def evaluate(model, collection, size, probes, crf=True, workers=2, rank=0, world
 def report(folder, confusions, samples, collection, legend, config, warnings=(), **more):
     """Prints the table; writes scores.json, panel.png and, with labels, confusion.png into `folder`.
 
-    legend: (names, colours) of the predicted clusters. config: of the run; stored, as are warnings and more.
+    legend: (name, colour) of each predicted cluster. config: of the run; stored, as are warnings and more.
     With labels, clusters are also read as the class that each showed most in training, if the classes are the
     same, and by their own names, where those are names of classes. Returns the legend by the matching.
     """
@@ -413,15 +413,14 @@ def report(folder, confusions, samples, collection, legend, config, warnings=(),
     labelled, best = collection.has_labels, prediction_row(confusions)
     assignments = {row: np.arange(len(counts)) if labelled and row.startswith(LINEAR) else hungarian(counts)
                    for row, counts in confusions.items()}
-    names, palette = (collection.names, collection.palette) if labelled else legend
-    extra = data.class_palette(300)[len(palette):]  # for clusters left over
-    colours = {row: [palette[c] if c >= 0 else extra[k % len(extra)] for k, c in enumerate(assignment)]
-               for row, assignment in assignments.items()}
-    names_found = [names[c] if c >= 0 else f"cluster {k}" for k, c in enumerate(assignments[best])]
+    classes = [*zip(collection.names, collection.palette.tolist())] if labelled else legend
+    extra = data.class_palette(300).tolist()[len(classes):]  # for clusters left over
+    legends = {row: [classes[c] if c >= 0 else (f"cluster {k}", extra[k % len(extra)])
+                     for k, c in enumerate(assignment)] for row, assignment in assignments.items()}
     results = {}
     if labelled:
-        colours["label"] = palette
-        named = [names.index(name) if name in names else -1 for name in legend[0]]
+        legends["label"], names = classes, collection.names
+        named = [names.index(name) if name in names else -1 for name, _ in legend]
         readings = [(row, confusions[row], assignment.tolist()) for row, assignment in assignments.items()]
         if config.get("commonest") and config["num_classes"] == collection.n_classes:
             readings.append((BY_TRAINING, confusions[best], config["commonest"]))
@@ -435,24 +434,23 @@ def report(folder, confusions, samples, collection, legend, config, warnings=(),
         print()
         print_table([results])
         order = np.argsort(assignments[best] % (VOID + 1), kind="stable")  # by class, those without one last
-        rows = [names_found[k] for k in order]
+        rows = [legends[best][k][0] for k in order]
         draw_confusion(folder / "confusion.png", confusions[best][order], rows, names)
     for sentence in warnings:
         print(f"warning: {sentence}")
 
-    shown = [row for row in ("label", RAW, best, best + CRF, LINEAR) if row in colours]
+    shown = [row for row in ("label", RAW, best, best + CRF, LINEAR) if row in legends]
     pictures = []
     for image, label, clusters in samples:
         ids = {"label": label, **clusters}
-        pictures.append([Image.fromarray(image), *(paint(ids[row], colours[row]) for row in shown)])
-    draw_panel(folder / "panel.png", ["image", *shown], pictures,
-               dict(zip([*names, *names_found], [*palette, *colours[best]])))
+        pictures.append([Image.fromarray(image), *(paint(ids[row], legends[row]) for row in shown)])
+    draw_panel(folder / "panel.png", ["image", *shown], pictures, dict([*classes, *legends[best]]))
     summary = {"data": str(collection.folder), "split": collection.split, "images": len(collection),
                "classes": collection.names, "prediction": best, "warnings": [*warnings],
                "results": results, "config": config}
     summary = json.loads(json.dumps({**summary, **more}), parse_constant=lambda _: None)  # JSON has no NaN
     data.write_text(folder / "scores.json", json.dumps(summary, indent=1))
-    return names_found, colours[best]
+    return legends[best]
 
 
 def print_table(runs):
@@ -487,21 +485,21 @@ def compare(folders):
 
 # ---- Your own photos ----
 
-def write_legend(path, names, colours, share=()):
+def write_legend(path, legend, share=()):
     """Writes clusters.json: id -> name, colour and, where given, the share of each cluster."""
-    rows = [{"name": name, "color": [int(c) for c in colour]} for name, colour in zip(names, colours)]
+    rows = [{"name": name, "color": colour} for name, colour in legend]
     for row, value in zip(rows, share):
         row["share"] = value
     data.write_text(path, json.dumps(dict(enumerate(rows)), indent=1))
 
 
 def read_legend(path, n_clusters):
-    """(names, colours) of the clusters from clusters.json, which a person may edit, or else by number."""
-    names, colours = [f"cluster {k}" for k in range(n_clusters)], data.class_palette(n_clusters)
+    """(name, colour) of each cluster from clusters.json, which a person may edit, or else by number."""
+    legend = [(f"cluster {k}", colour) for k, colour in enumerate(data.class_palette(n_clusters).tolist())]
     with refusing(f"{path}: not a list of clusters as training writes it"):
         for k, entry in json.loads(path.read_text("utf-8")).items() if path.is_file() else ():
-            names[int(k)], colours[int(k)] = " ".join(str(entry["name"]).split()), entry["color"]
-    return names, colours
+            legend[int(k)] = " ".join(str(entry["name"]).split()), entry["color"]
+    return legend
 
 
 @torch.no_grad()
@@ -529,13 +527,13 @@ def predict(model, probe, image, size, crf=True):
     return ids.numpy()
 
 
-def predict_folder(model, probe, folder, out, size, names, colours, crf=True):
+def predict_folder(model, probe, folder, out, size, legend, crf=True):
     """Segments every image below `folder`, or the one image it is, into `out`.
 
-    names, colours: of the clusters; those of one name are one class, in the colour of the first. Writes for
-    each photo a palette PNG of class ids, of the same stem and size, and <stem>_overlay.jpg, with a legend
-    below; for all, classes.json (name and colour of each id) and panel.png. Photos that cannot be read raise
-    one InputError after the others are done.
+    legend: (name, colour) of each cluster; those of one name are one class, in the colour of the first.
+    Writes for each photo a palette PNG of class ids, of the same stem and size, and <stem>_overlay.jpg, with
+    a legend below; for all, classes.json (name and colour of each id) and panel.png. Photos that cannot be
+    read raise one InputError after the others are done.
     """
     photos, out = data.directory(folder, None, n_classes=1), Path(out)
     inside = out.resolve(), *(out.resolve().parents if Path(folder).is_dir() else ())
@@ -546,11 +544,11 @@ def predict_folder(model, probe, folder, out, size, names, colours, crf=True):
     for path, target in zip(photos.images, targets):
         if taken[target] > 1:
             raise InputError(f"{path}: its result, {target}, would have the name of another; rename it")
-    class_names = list(dict.fromkeys(names))
-    class_of = np.array([class_names.index(name) for name in names], np.uint8)  # by cluster
-    palette = [colours[names.index(name)] for name in class_names]
+    first = dict(reversed(legend))  # name -> colour of its first cluster
+    classes = [(name, first[name]) for name in dict(legend)]
+    class_of = np.array([classes.index((name, first[name])) for name, _ in legend], np.uint8)  # by cluster
     out.mkdir(parents=True, exist_ok=True)
-    write_legend(out / "classes.json", class_names, palette)
+    write_legend(out / "classes.json", classes)
     thumbnails, bad = [], []
     for i, target in enumerate(data.progress(targets, "predict", "image", len(targets))):
         try:
@@ -559,18 +557,17 @@ def predict_folder(model, probe, folder, out, size, names, colours, crf=True):
             bad.append(str(error))
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        segmented = paint(class_of[predict(model, probe, image, size, crf)], palette)
+        segmented = paint(class_of[predict(model, probe, image, size, crf)], classes)
         overlay = Image.blend(image, segmented.convert("RGB"), 0.5)
         segmented.save(target)
-        legend = {class_names[k]: palette[k] for k in np.unique(segmented)}
-        page = with_legend(overlay, legend, max(16, image.width // 60))
+        shown = dict(classes[k] for k in np.unique(segmented))
+        page = with_legend(overlay, shown, max(16, image.width // 60))
         page.save(target.with_name(f"{target.stem}_overlay.jpg"), quality=90)
         if len(thumbnails) < 5:
             thumbnails.append([ImageOps.contain(picture, (320, 320))
                                for picture in (image, overlay, segmented)])
     if thumbnails:
-        draw_panel(out / "panel.png", ("photo", "overlay", "classes"), thumbnails,
-                   dict(zip(class_names, palette)))
+        draw_panel(out / "panel.png", ("photo", "overlay", "classes"), thumbnails, dict(classes))
     print(f"{len(targets) - len(bad)} images segmented into {out}")
     if bad:
         raise InputError(f"images that could not be read ({len(bad)}): {'; '.join(bad[:10])}")
@@ -578,10 +575,10 @@ def predict_folder(model, probe, folder, out, size, names, colours, crf=True):
 
 # ---- Pictures ----
 
-def paint(ids, palette):
-    """Ids (H, W) uint8 as a palette image, void black."""
+def paint(ids, legend):
+    """Ids (H, W) uint8 as a palette image in the colours of a legend, void black."""
     picture = Image.fromarray(ids)
-    picture.putpalette(np.array(palette, np.uint8).tobytes())
+    picture.putpalette(np.array([colour for _, colour in legend], np.uint8).tobytes())
     return picture
 
 
@@ -676,16 +673,17 @@ def draw_curves(path, plots, x_label):
     draw_panel(path, list(plots), [pictures], dict(zip(curves, colours)))
 
 
-def draw_clusters(path, collection, views, clusters, names, colours, size, crop, n_shown=6):
+def draw_clusters(path, collection, views, clusters, legend, size, crop, n_shown=6):
     """Save, for each cluster, largest first, the views that show it most, with all but the cluster dimmed.
 
     views (m,), clusters (m, h, w): of a survey. Returns the share of each cluster.
     """
-    in_view = nnf.one_hot(clusters.flatten(1), len(names)).float().mean(1)  # (m, n_clusters)
+    in_view = nnf.one_hot(clusters.flatten(1), len(legend)).float().mean(1)  # (m, n_clusters)
     shares, rows = in_view.mean(0), []
     for k in shares.argsort(descending=True).tolist():
-        swatch = Image.new("RGB", (200, 200), tuple(map(int, colours[k])))
-        ImageDraw.Draw(swatch).text((100, 100), f"{k}: {names[k]}\n{shares[k]:.1%}", "white",
+        name, colour = legend[k]
+        swatch = Image.new("RGB", (200, 200), tuple(colour))
+        ImageDraw.Draw(swatch).text((100, 100), f"{k}: {name}\n{shares[k]:.1%}", "white",
                                     ImageFont.load_default(22), "mm", stroke_width=2, stroke_fill="black")
         rows.append([swatch])
         for i in in_view[:, k].topk(min(n_shown, len(views))).indices.tolist():
@@ -694,7 +692,7 @@ def draw_clusters(path, collection, views, clusters, names, colours, size, crop,
             mask = Image.fromarray((clusters[i] == k).numpy()).resize(view.size)
             rows[-1].append(Image.composite(view, view.point(lambda value: 0.35 * value), mask))
     titles = ["cluster", *(f"view {i + 1}" for i in range(len(rows[0]) - 1))]
-    draw_panel(path, titles, rows, dict(zip(names, colours)))
+    draw_panel(path, titles, rows, dict(legend))
     return shares.tolist()
 
 
@@ -879,7 +877,7 @@ def main():
     probe = probes[prediction_row(probes)]
     legend = read_legend(path.with_name("clusters.json"), len(probe.centroids))
     if args.predict:
-        predict_folder(model, probe, args.predict, args.out, size, *legend, args.crf)
+        predict_folder(model, probe, args.predict, args.out, size, legend, args.crf)
         return
 
     data_root = args.data_root or (None if args.dataset else config["data_root"])

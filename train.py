@@ -341,10 +341,10 @@ def main():
         found = evaluate.report(
             folder, confusions, samples, val, legend, vars(args), warnings, health=health, shifts=shifts,
             attract=attract)
-        names, colours = legend if edited else found
-        shares = evaluate.draw_clusters(folder / "clusters.png", train, views, clusters, names, colours, size,
+        legend = legend if edited else found
+        shares = evaluate.draw_clusters(folder / "clusters.png", train, views, clusters, legend, size,
                                         args.crop)
-        evaluate.write_legend(named, names, colours, share=shares)
+        evaluate.write_legend(named, legend, shares)
         if rows:  # of ten steps or more
             steps = [row["step"] for row in rows]
             plots = {term: {"loss": (steps, [row[term] for row in rows])}

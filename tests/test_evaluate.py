@@ -205,17 +205,17 @@ def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(tmp_path, cap
     samples = [(np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8), clusters)] * 2
     counts = np.array([[0, 0, 0], [1, 9, 0], [0, 0, 0], [8, 0, 0], [2, 0, 0]])
     confusions = {REFIT: counts, REFIT + CRF: counts, LINEAR: np.eye(3)}
-    legend = ["b", "b", "x", "a", "a"], data.class_palette(5)
+    legend = list(zip("bbxaa", data.class_palette(5).tolist()))
     config = {"commonest": [0, 1, 0, 0, 0], "num_classes": 3}
-    names, colours = evaluate.report(tmp_path, confusions, samples, Made(), legend, config)
+    found_legend = evaluate.report(tmp_path, confusions, samples, Made(), legend, config)
     summary = json.loads((tmp_path / "scores.json").read_text(), parse_constant=pytest.fail)  # of NaN
     found = summary["results"][REFIT]
     assert found["iou"] == pytest.approx([800 / 11, 90, None]) and found["accuracy"] == pytest.approx(85)
     assert found["assignment"][1::2] == [1, 0] and sorted(found["assignment"])[:2] == [-1, -1]
     assert summary["results"]["by training labels"]["accuracy"] == 95  # one of 20 pixels is in a cluster of b
     assert summary["results"]["as named"]["assignment"] == [1, 1, -1, 0, 0]
-    assert names[3] == "a" and np.array_equal(colours[3], palette[0])
-    assert len({(name, *colour) for name, colour in zip(names, colours)}) == 5
+    assert found_legend[3] == ("a", palette[0].tolist())
+    assert len({(name, *colour) for name, colour in found_legend}) == 5
     pixels = np.asarray(data.read_image(tmp_path / "panel.png"))
     assert (pixels[60:330, 320:580] == palette[0]).all()  # the label, all of class 0
     line, = [line for line in capsys.readouterr().out.splitlines() if line.endswith("<- the prediction")]
@@ -223,17 +223,17 @@ def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(tmp_path, cap
 
 
 def test_without_labels_clusters_keep_their_names_and_other_rows_are_painted_like_them(model, tmp_path):
-    collection, legend = Made(), (list("abcde"), data.class_palette(5))
+    collection, legend = Made(), list(zip("abcde", data.class_palette(5).tolist()))
     collection.has_labels, probes = False, {REFIT: model.refit_probe, ONLINE: model.cluster_probe}
     confusions, samples = evaluate.evaluate(model, collection, 32, probes, crf=False, workers=1)
     counts = torch.stack([torch.from_numpy(clusters[REFIT]).flatten() for _, _, clusters in samples])
     assert torch.equal(confusions[REFIT].sum(0), torch.bincount(counts.flatten(), minlength=5))
     assert torch.equal(confusions[REFIT], confusions[REFIT].diag().diag())
     confusions[REFIT] = torch.diag(torch.tensor([0, 0, 5, 0, 1]))  # of clusters that do not occur
-    assert evaluate.report(tmp_path, confusions, samples, collection, legend, {})[0] == list("abcde")
-    probes, legend = {REFIT: stego.ClusterProbe(6, 2), LINEAR: model.linear_probe}, (list("ab"), legend[1][:2])
+    assert evaluate.report(tmp_path, confusions, samples, collection, legend, {}) == legend
+    probes, legend = {REFIT: stego.ClusterProbe(6, 2), LINEAR: model.linear_probe}, legend[:2]
     confusions, samples = evaluate.evaluate(model, collection, 32, probes, crf=False, workers=1)
-    assert evaluate.report(tmp_path, confusions, samples, collection, legend, {})[0] == list("ab")
+    assert evaluate.report(tmp_path, confusions, samples, collection, legend, {}) == legend
 
 
 def test_compare_groups_runs_by_their_settings(tmp_path, capsys):
@@ -264,8 +264,8 @@ def test_a_prediction_is_of_the_whole_image(model):
 
 
 def predict_here(model, photos, out):
-    names, colours = evaluate.read_legend(out / "none", 5)
-    evaluate.predict_folder(model, model.refit_probe, photos, out, 32, names, colours, crf=False)
+    legend = evaluate.read_legend(out / "none", 5)
+    evaluate.predict_folder(model, model.refit_probe, photos, out, 32, legend, crf=False)
 
 
 def test_a_folder_of_photos_is_predicted_under_its_names_and_in_its_colours(model, tmp_path, capsys):
@@ -304,12 +304,11 @@ def test_no_result_replaces_another_file(photos, out, message, model, tmp_path):
 
 
 def test_a_person_may_edit_names_and_colours_of_clusters(tmp_path):
-    path, palette = tmp_path / "clusters.json", data.class_palette(4)
-    evaluate.write_legend(path, ["sky", "tree", "sea", "road"], palette, share=[0.4, 0.3, 0.2, 0.1])
-    assert json.loads(path.read_text())["2"] == {"name": "sea", "color": palette[2].tolist(), "share": 0.2}
+    path, palette = tmp_path / "clusters.json", data.class_palette(4).tolist()
+    evaluate.write_legend(path, zip(["sky", "tree", "sea", "road"], palette), share=[0.4, 0.3, 0.2, 0.1])
+    assert json.loads(path.read_text())["2"] == {"name": "sea", "color": palette[2], "share": 0.2}
     path.write_text(path.read_text().replace("sea", "sky\\n above"))
-    names, colours = evaluate.read_legend(path, 4)
-    assert names == ["sky", "tree", "sky above", "road"] and np.array_equal(colours, palette)
+    assert evaluate.read_legend(path, 4) == list(zip(["sky", "tree", "sky above", "road"], palette))
     for bad in ("{", "[1]", '{"9": {"name": "a", "color": [1, 2, 3]}}', '{"0": {"name": "a"}}'):
         path.write_text(bad)
         with pytest.raises(stego.InputError, match="clusters.json: not a list of clusters"):
