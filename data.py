@@ -485,19 +485,17 @@ def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, w
 
 @torch.no_grad()
 def nearest_neighbors(vectors, k):
-    """The k nearest others of each vector by cosine, nearest first. (N, D) -> (N, k) int64.
+    """The k nearest others of each vector by cosine, nearest first. (N, D) -> (N, min(k, N - 1)) int64.
 
-    In blocks of rows, so that the N x N similarities never exist together. Raises ValueError for k >= N.
+    In blocks of rows, so that the N x N similarities never exist together.
     """
     n = len(vectors)
-    if not 1 <= k < n:
-        raise ValueError(f"{k} neighbours of {n} vectors: k must be 1 to {n - 1}")
     vectors = nnf.normalize(vectors.float(), dim=1)
     neighbors = []
     for block in torch.arange(n, device=vectors.device).split(max(1, 2 ** 25 // n)):
         similarity = vectors[block] @ vectors.T  # (rows, N), 128 MB at a time
         similarity.scatter_(1, block[:, None], -torch.inf)  # the vector itself
-        neighbors.append(similarity.topk(k, dim=1).indices.cpu())
+        neighbors.append(similarity.topk(min(k, n - 1), dim=1).indices.cpu())
     return torch.cat(neighbors)
 
 

@@ -891,8 +891,7 @@ def main():
         view_size, crop = data.round_to_patch(config["resolution"], patch), config["crop"]
         features = data.extract_features(model, collection, view_size, crop, args.cache_dir, args.cache_gb,
                                          args.workers)
-        k = min(config["neighbors"], len(features.vectors) - 1)
-        neighbors = data.nearest_neighbors(features.vectors.to(device), k)
+        neighbors = data.nearest_neighbors(features.vectors.to(device), config["neighbors"])
         out.mkdir(parents=True, exist_ok=True)
         draw_heatmaps(out / "heatmaps.png", model, collection, neighbors, view_size, crop)
         if collection.has_labels:

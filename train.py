@@ -218,8 +218,7 @@ def main():
         torch.cuda.empty_cache()
         if features.maps.nbytes < torch.cuda.mem_get_info(device)[0] / 2:  # no step waits for disk or bus
             features = features._replace(maps=features.maps.to(device))
-    k = min(args.neighbors, n - 1)
-    neighbors = [data.nearest_neighbors(features.vectors.to(device), k) if rank == 0 else None]
+    neighbors = [data.nearest_neighbors(features.vectors.to(device), args.neighbors) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(neighbors)
     neighbors = neighbors[0]

@@ -338,5 +338,5 @@ def test_nearest_neighbors_equal_brute_force_across_blocks(n):
     similarity = nnf.normalize(vectors[some]) @ nnf.normalize(vectors).T
     similarity[torch.arange(len(some)), some] = -2  # a vector is no neighbour of its own
     assert torch.equal(found[some], similarity.argsort(1, descending=True)[:, :3])
-    with pytest.raises(ValueError, match="neighbours"):
-        data.nearest_neighbors(vectors, n)
+    few = data.nearest_neighbors(vectors[:4], 7)  # which have three others
+    assert torch.equal(few.sort(1).values, torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]))
