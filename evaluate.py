@@ -265,9 +265,9 @@ def diagnose(codes, probe, clusters):
     largest_in_view: the same within a view, on average. Returns (dict, sentences).
     """
     variances = torch.linalg.svdvals(nnf.normalize(codes, dim=1).cpu()).square()
-    share = (variances / variances.sum().clamp(min=1e-12)).clamp(min=1e-12)
+    share = variances / variances.sum().clamp(min=1e-12)
     in_view = nnf.one_hot(clusters.flatten(1), len(probe.centroids)).float().mean(1)  # (m, n_clusters)
-    health = {"effective_rank": torch.exp(-(share * share.log()).sum()).item(),
+    health = {"effective_rank": torch.special.entr(share).sum().exp().item(),
               "compactness": probe(codes[:, :, None, None]).amax(1).mean().item(),
               "largest_cluster": in_view.mean(0).max().item(),
               "largest_in_view": in_view.amax(1).mean().item()}
