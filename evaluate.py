@@ -317,11 +317,11 @@ def log_probabilities(probe, codes, size):
 
 
 def refine(prediction):
-    """(image, label, clusters), after the CRF has made clusters of the probabilities, row -> (n, H, W)."""
-    image, label, clusters, probabilities = prediction
+    """(image, ids), after the CRF has made ids of the probabilities, row -> (n, H, W)."""
+    image, ids, probabilities = prediction
     for row, values in probabilities.items():
-        clusters[row] = dense_crf(image, values).argmax(0).astype(np.uint8)
-    return image, label, clusters
+        ids[row] = dense_crf(image, values).argmax(0).astype(np.uint8)
+    return image, ids
 
 
 def start_crf_process():
@@ -336,9 +336,9 @@ def start_crf_process():
 
 @torch.no_grad()
 def segment(model, collection, size, probes, refined=(), workers=2, rank=0, world=1, batch_size=8):
-    """What each probe makes of each image: yields (image, label, clusters), all uint8.
+    """What each probe makes of each image: yields (image, ids), all uint8.
 
-    image: (size, size, 3). label: (size, size). clusters: row -> (size, size), and for the rows in `refined`
+    image: (size, size, 3). ids: "label" -> (size, size), row -> the clusters, and for the rows in `refined`
     also row + CRF -> the same after the CRF. The probe RAW reads features, the others codes. Each of `world`
     processes yields every world-th image.
     """
@@ -363,9 +363,9 @@ def segment(model, collection, size, probes, refined=(), workers=2, rank=0, worl
                 if RAW in probes:  # ours: cosines are upsampled, as features have many channels
                     cosine = probes[RAW](features[i:i + 1])
                     values[RAW] = nnf.interpolate(cosine, (size, size), mode="bilinear")[0]
-                clusters = {row: values[row].argmax(0).byte().cpu().numpy() for row in probes}
+                ids = {row: values[row].argmax(0).byte().cpu().numpy() for row in probes}
                 probabilities = {row + CRF: values[row].exp().half().cpu().numpy() for row in refined}
-                yield image, label, clusters, probabilities
+                yield image, {"label": label, **ids}, probabilities
 
     try:  # the CRFs of some images run beside the network's next batch
         yield from data.in_parallel(refine, predictions(), workers, 2 * batch_size, pool)
@@ -389,12 +389,12 @@ def evaluate(model, collection, size, probes, crf=True, workers=2, rank=0, world
         confusions[row] = torch.zeros(len(weight), n_classes, dtype=torch.int64)
     wanted = np.linspace(0, n - 1, min(n_samples, n)).round().astype(int)
     segmented = segment(model, collection, size, probes, refined, workers, rank, world)
-    for i, (image, label, clusters) in enumerate(data.progress(segmented, "evaluate", "image", n, rank=rank)):
-        reference = label if collection.has_labels else clusters[best]
+    for i, (image, ids) in enumerate(data.progress(segmented, "evaluate", "image", n, rank=rank)):
+        reference = ids["label" if collection.has_labels else best]
         for row, confusion in confusions.items():
-            confusion += confusion_matrix(clusters[row], reference, *confusion.shape)
+            confusion += confusion_matrix(ids[row], reference, *confusion.shape)
         if i in wanted:
-            samples.append((image, label, clusters))
+            samples.append((image, ids))
     for confusion in confusions.values() if world > 1 else ():
         dist.all_reduce(confusion)
     return confusions, samples
@@ -440,10 +440,8 @@ def report(folder, confusions, samples, collection, legend, config, warnings=(),
         print(f"warning: {sentence}")
 
     shown = [row for row in ("label", RAW, best, best + CRF, LINEAR) if row in legends]
-    pictures = []
-    for image, label, clusters in samples:
-        ids = {"label": label, **clusters}
-        pictures.append([Image.fromarray(image), *(paint(ids[row], legends[row]) for row in shown)])
+    pictures = [[Image.fromarray(image), *(paint(ids[row], legends[row]) for row in shown)]
+                for image, ids in samples]
     draw_panel(folder / "panel.png", ["image", *shown], pictures, dict([*classes, *legends[best]]))
     summary = {"data": str(collection.folder), "split": collection.split, "images": len(collection),
                "classes": collection.names, "prediction": best, "warnings": [*warnings],

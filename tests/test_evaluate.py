@@ -201,8 +201,8 @@ def test_evaluation_equals_a_straight_computation(model):
 
 def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(tmp_path, capsys):
     palette = data.class_palette(3)
-    clusters = {row: np.zeros((32, 32), np.uint8) for row in (REFIT, REFIT + CRF, LINEAR)}
-    samples = [(np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8), clusters)] * 2
+    ids = {row: np.zeros((32, 32), np.uint8) for row in ("label", REFIT, REFIT + CRF, LINEAR)}
+    samples = [(np.zeros((32, 32, 3), np.uint8), ids)] * 2
     counts = np.array([[0, 0, 0], [1, 9, 0], [0, 0, 0], [8, 0, 0], [2, 0, 0]])
     confusions = {REFIT: counts, REFIT + CRF: counts, LINEAR: np.eye(3)}
     legend = list(zip("bbxaa", data.class_palette(5).tolist()))
@@ -226,7 +226,7 @@ def test_without_labels_clusters_keep_their_names_and_other_rows_are_painted_lik
     collection, legend = Made(), list(zip("abcde", data.class_palette(5).tolist()))
     collection.has_labels, probes = False, {REFIT: model.refit_probe, ONLINE: model.cluster_probe}
     confusions, samples = evaluate.evaluate(model, collection, 32, probes, crf=False, workers=1)
-    counts = torch.stack([torch.from_numpy(clusters[REFIT]).flatten() for _, _, clusters in samples])
+    counts = torch.stack([torch.from_numpy(ids[REFIT]).flatten() for _, ids in samples])
     assert torch.equal(confusions[REFIT].sum(0), torch.bincount(counts.flatten(), minlength=5))
     assert torch.equal(confusions[REFIT], confusions[REFIT].diag().diag())
     confusions[REFIT] = torch.diag(torch.tensor([0, 0, 5, 0, 1]))  # of clusters that do not occur
