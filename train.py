@@ -281,11 +281,9 @@ def main():
             loss = loss + terms["linear"]
 
         optimizer.zero_grad()
-        loss.backward()
-        if world > 1:
-            for parameter in trained:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= world
+        (loss / world).backward()  # so that the sum over the processes is the mean
+        for parameter in trained if world > 1 else ():
+            dist.all_reduce(parameter.grad)
         optimizer.step()
 
         if (step + 1) % 10 == 0:
