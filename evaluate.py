@@ -774,7 +774,7 @@ def choose_device(name, local_rank=None):
                 raise RuntimeError("this version of PyTorch computes wrong gradients there")
             return device
         except Exception as error:  # each kind of device raises its own
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition("\n")[0]  # which may be empty
             if name != "auto":
                 raise InputError(f"--device {name}: not usable here ({reason})") from error
             print(f"{kind} is not used: {reason}")
@@ -793,10 +793,9 @@ def choose_precision(name, device):
 
 def join_processes(name):
     """(device, rank, world): the device to use, and the place of this process among those of torchrun."""
-    world, rank, local = (int(os.environ.get(key, value)) for key, value in
-                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    if world == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return choose_device(name), 0, 1
+    world, rank, local = (int(os.environ[key]) for key in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
     gpus = torch.cuda.device_count()
     if ":" in name or name != "cpu" and 0 < gpus <= local:
         raise InputError(f"--device {name}: process {local} of this machine has no GPU of its own among "
