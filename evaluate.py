@@ -383,10 +383,9 @@ def evaluate(model, collection, size, probes, crf=True, workers=2, rank=0, world
     n, samples, best = len(range(rank, len(collection), world)), [], prediction_row(probes)
     n_classes = collection.n_classes if collection.has_labels else len(probes[best].centroids)
     refined = [row for row in (best, LINEAR) if crf and row in probes]
-    confusions = {}
-    for row in (*probes, *(row + CRF for row in refined)):
-        weight = next(probes[row.removesuffix(CRF)].parameters())  # a row for each cluster, or class
-        confusions[row] = torch.zeros(len(weight), n_classes, dtype=torch.int64)
+    confusions = {row: torch.zeros(len(next(probe.parameters())), n_classes, dtype=torch.int64)
+                  for row, probe in probes.items()}  # whose parameters have a row for each cluster, or class
+    confusions.update({row + CRF: confusions[row].clone() for row in refined})
     wanted = np.linspace(0, n - 1, min(n_samples, n)).round().astype(int)
     segmented = segment(model, collection, size, probes, refined, workers, rank, world)
     for i, (image, ids) in enumerate(data.progress(segmented, "evaluate", "image", n, rank=rank)):
