@@ -216,8 +216,8 @@ def correspondences(features, neighbors, head, device, center=False, dropout=0.0
             points = 2 * torch.rand(len(images), n_points, n_points, 2, generator=generator) - 1
             maps, at = features.maps[indices].to(device).float(), points.to(device)
             f_b, s_b = stego.sample(nnf.dropout2d(maps, dropout), at), stego.sample(head(maps), at)
-            labels = features.labels[indices][:, None].float()  # (N, 1, H, W)
-            points = points * (1 - 1 / torch.tensor([maps.shape[3], maps.shape[2]]))  # -1 and 1 are its edges
+            labels = features.labels[indices][:, None].float()  # (N, 1, H, W); -1 and 1 are their edges
+            points = points * (1 - 1 / torch.tensor([maps.shape[3], maps.shape[2]]))
             label_b = nnf.grid_sample(labels, points, mode="nearest", align_corners=False)
             if term == "self":
                 f_a, s_a, label_a = f_b, s_b, label_b
@@ -495,7 +495,8 @@ def read_legend(path, n_clusters):
     legend = [(f"cluster {k}", colour) for k, colour in enumerate(data.class_palette(n_clusters).tolist())]
     with refusing(f"{path}: not a list of clusters as training writes it"):
         for k, entry in json.loads(path.read_text("utf-8")).items() if path.is_file() else ():
-            legend[int(k)] = " ".join(str(entry["name"]).split()), entry["color"]
+            red, green, blue = bytes(entry["color"])
+            legend[int(k)] = " ".join(str(entry["name"]).split()), [red, green, blue]
     return legend
 
 

@@ -406,7 +406,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def refusing(what):
-    """Turns any error within, as bytes from anywhere lead to any, into an InputError: `what` (the reason)."""
+    """Turns any error within into an InputError, "what (reason)": bytes from anywhere may raise anything."""
     try:
         yield
     except Exception as error:

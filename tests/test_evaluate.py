@@ -309,7 +309,8 @@ def test_a_person_may_edit_names_and_colours_of_clusters(tmp_path):
     assert json.loads(path.read_text())["2"] == {"name": "sea", "color": palette[2], "share": 0.2}
     path.write_text(path.read_text().replace("sea", "sky\\n above"))
     assert evaluate.read_legend(path, 4) == list(zip(["sky", "tree", "sky above", "road"], palette))
-    for bad in ("{", "[1]", '{"9": {"name": "a", "color": [1, 2, 3]}}', '{"0": {"name": "a"}}'):
+    for bad in ("{", "[1]", '{"9": {"name": "a", "color": [1, 2, 3]}}', '{"0": {"name": "a"}}',
+                '{"0": {"name": "a", "color": "red"}}', '{"0": {"name": "a", "color": [1, 2, 300]}}'):
         path.write_text(bad)
         with pytest.raises(stego.InputError, match="clusters.json: not a list of clusters"):
             evaluate.read_legend(path, 4)
