@@ -451,15 +451,15 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
 
 
 def read_safetensors(content):
-    """The tensors of a .safetensors file, (bytes,): the length of a JSON header, the header, their bytes."""
+    """The tensors of a .safetensors file, bytes (n,): the length of a JSON header, the header, their bytes."""
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    header, data, tensors = json.loads(content[8:start].tobytes()), torch.from_numpy(content[start:]), {}
+    header, data = json.loads(content[8:start].tobytes()), torch.from_numpy(content[start:])
     header.pop("__metadata__", None)
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        values = data[begin:end].clone().view(SAFETENSORS_TYPES[entry["dtype"]])  # the clone is aligned
-        tensors[name] = values.reshape(entry["shape"])
-    return tensors
+    parts = {name: data[slice(*entry["data_offsets"])] for name, entry in header.items()}
+    if sum(map(len, parts.values())) > len(data):
+        raise ValueError("its tensors overlap")  # so that copies of them could fill the memory
+    return {name: part.clone().view(SAFETENSORS_TYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
+            for name, part in parts.items()}  # a copy is aligned
 
 
 def read_tensors(path):

@@ -184,8 +184,9 @@ def test_safetensors_of_every_type_are_read_as_they_are(tmp_path):
 @pytest.mark.parametrize("entry, reason", [
     ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "shape"),  # beyond the end
     ({"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}, "shape"),
+    ({"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "overlap"),  # with the first
     ({"dtype": "F32", "shape": [10 ** 9, 10 ** 9], "data_offsets": [0, 4]}, "shape"),
-    ({"dtype": "F7", "shape": [2], "data_offsets": [0, 8]}, "F7")])
+    ({"dtype": "F7", "shape": [1], "data_offsets": [4, 8]}, "F7")])
 def test_a_safetensors_file_with_a_bad_entry_is_refused(entry, reason, tmp_path):
     tensors = {"w": ("F32", [1], bytes(4)), "x": ("F32", [1], bytes(4))}
     path = write_safetensors(tmp_path / "a.safetensors", tensors, x=entry)
