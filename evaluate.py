@@ -868,9 +868,10 @@ def main():
     path = path / "checkpoint.pt" if path.is_dir() else path
     device, rank, world = join_processes(args.device)
     model, config = stego.load_checkpoint(path, device)
-    model.precision = choose_precision(args.precision or config.get("precision", "auto"), device)
     probes, patch = model_probes(model), model.backbone.patch_size
-    size = data.round_to_patch(args.eval_resolution or config["eval_resolution"], patch)
+    with refusing(f"{path}: its settings are not those of a run"):
+        model.precision = choose_precision(args.precision or config.get("precision", "auto"), device)
+        size = data.round_to_patch(args.eval_resolution or config["eval_resolution"], patch)
     probe = probes[prediction_row(probes)]
     legend = read_legend(path.with_name("clusters.json"), len(probe.centroids))
     if args.predict:

@@ -110,7 +110,8 @@ def parse_args():
 
     given, _ = parser.parse_known_args()
     if given.resume:
-        parser.set_defaults(**stego.read_tensors(Path("runs", given.resume, "checkpoint.pt"))["config"])
+        with refusing(f"--resume {given.resume}: no run to go on with"):
+            parser.set_defaults(**stego.read_tensors(Path("runs", given.resume, "checkpoint.pt"))["config"])
     elif given.preset:
         parser.set_defaults(**PRESETS[given.preset])
     elif not given.data_root and given.dataset in (None, "scenes"):

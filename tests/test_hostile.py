@@ -18,7 +18,9 @@ import torch.nn.functional as nnf
 from test_weights import random_vit, save_safetensors
 from torch import nn
 
+import evaluate
 import stego
+import train
 
 AUTHORS = {  # of the authors' configs/train_config.yml
     "dataset_name": "cocostuff27", "crop_type": None, "model_type": "vit_small", "dino_patch_size": 8,
@@ -237,7 +239,20 @@ def test_damaged_files_are_read_or_refused_in_one_sentence_and_nothing_else(kind
 
 @pytest.mark.parametrize("content", [
     3, {"weights": torch.ones(2)}, {"state_dict": {}, "hyper_parameters": {}}, {"model": {}, "config": 3}])
-def test_other_files_are_no_checkpoints(content, tmp_path):
-    torch.save(content, tmp_path / "c.pt")
-    with pytest.raises(stego.InputError, match=r"c\.pt: "):
-        stego.load_checkpoint(tmp_path / "c.pt")
+def test_other_files_are_no_checkpoints(content, tmp_path, monkeypatch):
+    (tmp_path / "runs/c").mkdir(parents=True)
+    torch.save(content, "runs/c/checkpoint.pt")
+    with pytest.raises(stego.InputError, match=r"checkpoint\.pt: "):
+        stego.load_checkpoint("runs/c/checkpoint.pt")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "c"])
+    with pytest.raises(stego.InputError, match="--resume c: no run to go on with"):
+        train.parse_args()
+
+
+def test_settings_that_training_does_not_write_are_refused(tmp_path, monkeypatch):
+    model = small_model()
+    for config in {}, {"eval_resolution": "x"}, {"precision": 3, "eval_resolution": 32}:
+        stego.save_checkpoint(tmp_path / "c.pt", model, config)
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "c.pt", "--predict", "photos", "--out", "out"])
+        with pytest.raises(stego.InputError, match=r"c\.pt: its settings are not those of a run"):
+            evaluate.main()
