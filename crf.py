@@ -40,7 +40,7 @@ def dense_crf(image, probs, iterations=10, gaussian_std=1, gaussian_weight=3,
     bilateral_xy_std in pixels, bilateral_rgb_std in grey levels 0..255. A kernel of weight 0 costs nothing.
     Returns Q after `iterations` updates, (C, H, W) float32 that sum to 1 over C.
     Raises ValueError for a wrong shape or dtype, for probs that are not finite and for a standard deviation
-    too small to number the cells of its lattice. It must be positive and weights not negative, unchecked.
+    too small to number the cells of its lattice. That it is positive, and no weight negative, is not checked.
     """
     image, probs = np.asarray(image), np.asarray(probs)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:

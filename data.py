@@ -39,12 +39,12 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 warnings.filterwarnings("ignore", module="PIL")  # about large photos; it refuses over 179 million pixels
 
 
-# ---- Threads decode, as Pillow and NumPy work beside Python. Nothing is forked, as that can hang ----
+# ---- Threads decode, as Pillow and NumPy release the GIL. Nothing is forked, as that can hang ----
 
 def in_parallel(function, items, workers, ahead=64, pool=None):
     """Yields function(item) of all items, in order; threads compute up to `ahead` of them in advance.
 
-    pool: of processes, to compute in them instead.
+    pool: an executor to use instead, of processes.
     """
     with pool or ThreadPoolExecutor(max(1, workers)) as pool:
         futures = (pool.submit(function, item) for item in items)
@@ -119,7 +119,7 @@ class Collection:
         return read_image(self.images[i])
 
     def label(self, i):
-        """PIL, L, of classes and VOID; all VOID, and of any size, where there is no label."""
+        """PIL, L, of classes and VOID; where there is no label, 2 x 2 pixels of VOID."""
         ids = read_label(self.labels[i]) if self.labels[i] else np.full((2, 2), VOID)
         return Image.fromarray(self.classes[np.where((ids >= 0) & (ids < VOID), ids, VOID).astype(np.uint8)])
 
@@ -392,7 +392,7 @@ class Features(NamedTuple):
 
 
 def cache_key(model, collection, size, crop):
-    """A name for features, which changes with every file, weight or setting that they are a function of."""
+    """A name for features, which changes with every file, weight or setting that they depend on."""
     settings = [3, collection.fingerprint(), size, crop, model.facet, str(model.precision)]
     key = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in model.backbone.state_dict().items():
@@ -406,12 +406,12 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
 
     The maps are kept if they take no more than cache_gb (10^9 bytes) and the disk has room; otherwise a map
     is computed whenever it is read. All is written into `<cache_dir>/<key>.partial`, which is renamed once
-    complete: a killed extraction goes on where it stopped, and runs that fill one cache write equal bytes.
+    complete: a killed extraction goes on where it stopped, and runs that fill one cache write the same bytes.
     Each of `world` processes extracts every world-th image. key: the cache_key, where it is known already.
     """
     device, v = next(model.head.parameters()).device, VIEWS[crop]
     n, D, side = len(collection) * v, model.backbone.embed_dim, size // model.backbone.patch_size
-    # Maps lie channels last, as the ViT gives them; so they are several times faster to sample.
+    # Maps lie channels last, as the ViT gives them, which makes sampling several times faster.
     arrays = {"vectors": ((n, D), np.float32), "maps": ((n, side, side, D), np.float16)}
     if collection.has_labels:
         arrays["labels"] = ((n, size, size), np.uint8)
@@ -467,7 +467,7 @@ def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, w
         rows = np.arange(i * v, (i + 1) * v)
         return rows, views(collection.image(i), size, crop), views(collection.label(i), size, crop)
 
-    # To write a batch takes a few hundredths of a second, so nothing but decoding goes on beside the network.
+    # Writing a batch takes a few hundredths of a second, so only decoding runs beside the network.
     decoded = iter(progress(in_parallel(read, todo, workers), "features", "image", len(mine),
                             len(mine) - len(todo), rank))
     while batch := list(itertools.islice(decoded, max(1, views_at_once // v))):

@@ -384,7 +384,7 @@ def evaluate(model, collection, size, probes, crf=True, workers=2, rank=0, world
     n_classes = collection.n_classes if collection.has_labels else len(probes[best].centroids)
     refined = [row for row in (best, LINEAR) if crf and row in probes]
     confusions = {row: torch.zeros(len(next(probe.parameters())), n_classes, dtype=torch.int64)
-                  for row, probe in probes.items()}  # whose parameters have a row for each cluster, or class
+                  for row, probe in probes.items()}  # whose first parameter has a row per cluster or class
     confusions.update({row + CRF: confusions[row].clone() for row in refined})
     wanted = np.linspace(0, n - 1, min(n_samples, n)).round().astype(int)
     segmented = segment(model, collection, size, probes, refined, workers, rank, world)
@@ -816,7 +816,7 @@ def run_main(main):
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted; training goes on with train.py --resume NAME", file=sys.stderr)
+        print("\ninterrupted; a training run goes on with train.py --resume NAME", file=sys.stderr)
         sys.exit(130)
     except (InputError, OSError, RuntimeError, MemoryError) as error:
         reason = str(error).partition("\n")[0]

@@ -418,7 +418,7 @@ def refusing(what):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Gives a temporary file name and then renames that file to `path`, which is so never half-written."""
+    """Gives a temporary file name, then renames that file to `path`, which is thus never half-written."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary
@@ -441,7 +441,7 @@ def stand_in(name):
     """What a foreign class or function is read as. Its name is compared, but nothing is looked up by it."""
     if name == "collections.defaultdict":
         return lambda *_: {}
-    if name.endswith(".AttributeDict"):  # Lightning's, a dict; so is a Counter, which torch.load can fill
+    if name.endswith(".AttributeDict"):  # Lightning's dict; torch.load can fill a Counter, one too
         return collections.Counter
     return Record
 
@@ -451,7 +451,7 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
 
 
 def read_safetensors(content):
-    """The tensors of a .safetensors file, bytes (n,): the length of a JSON header, the header, their bytes."""
+    """The tensors of a .safetensors file, its bytes (n,): length of a JSON header, header, their bytes."""
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
     header, data = json.loads(content[8:start].tobytes()), torch.from_numpy(content[start:])
     header.pop("__metadata__", None)
@@ -482,7 +482,7 @@ def check_weights(state, path):
     if others:
         raise ValueError(f"not a state dict of tensors, but {', '.join(others):.100}")
     if sum(value.nbytes for value in state.values()) > os.path.getsize(path):
-        raise ValueError("its tensors are larger than the file")  # with strides of 0
+        raise ValueError("its tensors are larger than the file")  # as strides of 0 repeat values
 
 
 # ---- Weights of the backbone, under the names of Meta, timm or transformers ----
@@ -630,7 +630,7 @@ AUTHORS_WEIGHTS = {
 
 
 def from_authors(saved):
-    """What save_checkpoint would write of a Lightning checkpoint of the authors', without training state."""
+    """A Lightning checkpoint of the authors' as save_checkpoint would write it, without training state."""
     state = {ours + key.removeprefix(theirs): value for key, value in saved["state_dict"].items()
              for theirs, ours in AUTHORS_WEIGHTS.items() if key.startswith(theirs)}
     nodes = saved["hyper_parameters"]["cfg"].state["_content"]  # omegaconf's, each with its value

@@ -171,7 +171,7 @@ def main():
         raise InputError(f"--num-clusters {args.num_clusters} is more than {stego.VOID}, or than the patches "
                          "of all training views")
     key = data.cache_key(model, train, size, args.crop)
-    begun = any(Path(args.cache_dir).glob(f"{key}*"))  # so that these very files have been checked
+    begun = any(Path(args.cache_dir).glob(f"{key}*"))  # then these very files were checked before
     unchecked = ([] if begun else [train]) + ([] if val.split == "train" else [val])
     data.check_files(unchecked, args.workers, rank)
 
@@ -250,8 +250,8 @@ def main():
     # ---- the loop: reads features, never images. Every random number is a function of seed and step ----
     def read(step):
         """x and x^knn (N, D, h, w) and the labels of x (N, H, W): this process's share of a batch."""
-        if isinstance(features.maps, torch.Tensor):  # reading needs no more, and more would disturb the step
-            torch.set_num_threads(1)  # of this thread
+        if isinstance(features.maps, torch.Tensor):  # reading needs one thread; more would disturb the step
+            torch.set_num_threads(1)  # for this thread alone
         batch, batch_knn = draw_batch(step, neighbors, args.batch_size, args.seed)
         batch, batch_knn = batch[rank::world], batch_knn[rank::world]
         tensors = [features.maps[batch], features.maps[batch_knn], features.labels[batch]]
