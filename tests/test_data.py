@@ -306,6 +306,15 @@ def test_features_live_and_cached_are_those_of_a_straight_pass(folder, backbone,
             assert np.array_equal(features.labels[rows], data.views(train.label(i), 16, crop))
 
 
+@pytest.mark.parametrize("crop, batches", [("none", [32, 4]), ("five", [30] * 6)])
+def test_the_backbone_sees_at_most_32_views_at_once(crop, batches, folder, backbone):
+    train, seen = data.directory(folder, "train", 4), []
+    train.images, train.labels = 12 * train.images, 12 * train.labels
+    backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    extract(backbone, train, crop=crop)
+    assert seen == batches
+
+
 def test_another_file_weight_size_crop_facet_or_precision_is_another_cache(folder, backbone):
     def key(n_classes=4, **options):
         shutil.rmtree("cache", ignore_errors=True)

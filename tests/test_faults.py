@@ -1,4 +1,4 @@
-"""Runs that are killed, two processes that share one, GPUs, and systems that lack what Linux has."""
+"""Runs that are killed, two processes that share one, and what GPUs meet, as far as a CPU can show it."""
 import os
 import runpy
 import signal
@@ -156,3 +156,24 @@ def test_the_scripts_run_where_there_is_no_fcntl_and_nothing_to_fork(workplace, 
         assert len(runpy.run_path(str(ROOT / f"{script}.py"))) > 10  # what it defines
     train_here(monkeypatch, *IMAGES, "--name", "t", "--steps", "2")
     assert Path("runs/t/scores.json").is_file()
+
+
+def test_copies_wait_but_on_cuda_and_checkpoints_are_read_to_the_cpu(workplace, monkeypatch):
+    """Elsewhere a copy that does not wait reads memory that is already another's (pytorch 189690)."""
+    to, load, read_to, waits = torch.Tensor.to, torch.load, [], []
+
+    def noting_to(tensor, *arguments, **options):
+        waits.append(not options.get("non_blocking") and True not in arguments)
+        return to(tensor, *arguments, **options)
+
+    def noting_load(*arguments, **options):
+        read_to.append(options["map_location"])
+        return load(*arguments, **options)
+    monkeypatch.setattr(torch.Tensor, "to", noting_to)
+    monkeypatch.setattr(torch, "load", noting_load)
+    train_here(monkeypatch, *IMAGES, "--name", "t", "--steps", "2")
+    train_here(monkeypatch, "--resume", "t", "--steps", "4")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "runs/t", "--no-crf"])
+    evaluate.main()
+    assert all(waits) and len(waits) > 12
+    assert len(read_to) >= 4 and all(torch.device(place).type == "cpu" for place in read_to)
