@@ -15,7 +15,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as nnf
-from test_weights import random_vit, save_safetensors
+from conftest import random_vit
+from test_weights import save_safetensors
 from torch import nn
 
 import evaluate

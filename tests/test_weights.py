@@ -10,40 +10,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import ROOT
-from torch import nn
+from conftest import ROOT, random_vit
 
 import stego
 
 GOLDEN = {key: torch.from_numpy(value)  # of Meta's DINOv3 module; "gated" of transformers
           for key, value in np.load(ROOT / "tests/golden_dinov3.npz").items()}
 META = {key[2:]: value for key, value in GOLDEN.items() if key.startswith("w/")}
-FAMILIES = {
-    "dino": {}, "dinov2": {"layer_scale": True}, "dinov2_reg": {"layer_scale": True, "registers": 4},
-    "dinov3": {"layer_scale": True, "registers": 4, "rotary": True},
-    "dinov3_plus": {"layer_scale": True, "registers": 4, "rotary": True, "swiglu": True, "hidden_dim": 96}}
 
 
-def random_vit(family, **changes):
-    """A tiny random ViT of this family with two heads; its key bias is 0, as that of all DINOv3 models."""
-    vit = stego.VisionTransformer(**{"patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2,
-                                     "image_size": 32, **FAMILIES[family], **changes}).eval()
-    for name, parameter in vit.named_parameters():
-        nn.init.normal_(parameter, mean=float(name.endswith(("norm1.weight", "gamma"))), std=0.1)
-        if name.endswith("qkv.bias") and vit.rotary:
-            parameter.data[128:256] = 0
-    return vit.requires_grad_(False)
+def patch_tokens(vit, images):
+    return vit(images).flatten(2).transpose(1, 2)  # (N, h w, D)
 
 
-def patch_tokens(vit, images, **options):
-    return vit(images, **options).flatten(2).transpose(1, 2)  # (N, h w, D)
-
-
-def assert_equal_features(vit, expected, atol=1e-5):
+def assert_equal_features(vit, expected):
     for size in ((32, 32), (40, 56)):
         images = torch.randn(1, 3, *size)
         for facet in ("token", "key"):
-            torch.testing.assert_close(vit(images, facet), expected(images, facet), rtol=0, atol=atol)
+            torch.testing.assert_close(vit(images, facet), expected(images, facet), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("n", [0, 1])  # square, wide
