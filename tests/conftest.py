@@ -100,5 +100,10 @@ def train_here(monkeypatch, *arguments):
     train.main()
 
 
-def weights(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+def weights(name):
+    return torch.load(f"runs/{name}/checkpoint.pt", weights_only=True)["model"]
+
+
+def same_weights(name, other):
+    ours, others = weights(name), weights(other)
+    return ours.keys() == others.keys() and all(torch.equal(ours[key], others[key]) for key in ours)

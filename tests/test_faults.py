@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGES, ROOT, train_here, weights
+from conftest import IMAGES, ROOT, same_weights, train_here
 
 import data
 import evaluate
@@ -76,8 +76,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(workpla
 
     monkeypatch.setattr(data.fill_cache, "__defaults__", (4,))
     train_here(monkeypatch, *IMAGES, "--name", "undisturbed", "--cache-dir", "other")
-    ours, undisturbed = weights(workplace / "runs/t"), weights(workplace / "runs/undisturbed")
-    assert ours.keys() == undisturbed.keys() and all(torch.equal(ours[key], undisturbed[key]) for key in ours)
+    assert same_weights("t", "undisturbed")
     assert Path("runs/t/log.jsonl").read_text() == Path("runs/undisturbed/log.jsonl").read_text()
     for array in Path("other").glob("*/*.npy"):
         assert array.read_bytes() == Path("cache", *array.parts[1:]).read_bytes()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import IMAGES, ROOT, train_here, weights
+from conftest import IMAGES, ROOT, same_weights, train_here, weights
 from PIL import Image
 
 import data
@@ -27,10 +27,6 @@ def scores_of(name):
 def log_of(name):
     lines = Path(f"runs/{name}/log.jsonl").read_text().splitlines()
     return [json.loads(line, parse_constant=pytest.fail) for line in lines]
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def settings(monkeypatch, *arguments):
@@ -91,19 +87,19 @@ def test_runs_are_deterministic_share_features_and_are_prolonged(workplace, monk
     for arguments in (["--name", "a"], ["--name", "b"], ["--name", "long", "--steps", "24"],
                       ["--name", "other", "--seed", "1"]):
         train_here(monkeypatch, *IMAGES, *arguments)
-    assert same(weights(workplace / "runs/a"), weights(workplace / "runs/b")) and log_of("a") == log_of("b")
+    assert same_weights("a", "b") and log_of("a") == log_of("b")
     assert scores_of("a")["results"] == scores_of("b")["results"]
-    assert not same(weights(workplace / "runs/a"), weights(workplace / "runs/other"))
+    assert not same_weights("a", "other")
     assert len(list(workplace.glob("cache/*/maps.npy"))) == 1
     checked = []
     monkeypatch.setattr(data, "check_files", lambda collections, *_: checked.extend(collections))
     monkeypatch.setattr(data, "fill_cache", lambda *_: pytest.fail("features were there"))
     train_here(monkeypatch, "--resume", "a", "--steps", "24")  # the other settings are the run's
     assert [collection.split for collection in checked] == ["val"]  # as its files may be others by now
-    assert same(weights(workplace / "runs/a"), weights(workplace / "runs/long"))
+    assert same_weights("a", "long")
     assert log_of("a") == log_of("long") and [row["step"] for row in log_of("a")] == [10, 20]
     train_here(monkeypatch, "--resume", "runs/a/")  # of a finished run all after training is done again
-    assert same(weights(workplace / "runs/a"), weights(workplace / "runs/long"))
+    assert same_weights("a", "long")
 
 
 def test_without_labels_everything_but_scores_is_there(workplace, monkeypatch, capsys):
@@ -149,7 +145,7 @@ def test_live_features_of_five_crops_give_the_weights_of_cached_ones(workplace, 
     assert len(np.load(next(workplace.glob("cache/*/maps.npy")))) == 60
     assert not list(workplace.glob("empty/*/maps.npy"))
     assert stego.load_checkpoint("runs/live/checkpoint.pt")[0].facet == "key"
-    cached, live = (weights(workplace / "runs" / name) for name in ("cached", "live"))
+    cached, live = (weights(name) for name in ("cached", "live"))
     for name in cached:
         torch.testing.assert_close(live[name], cached[name], atol=1e-4, rtol=0, msg=name)
 
@@ -171,7 +167,7 @@ def test_shifts_are_given_or_quantiles_at_shares_of_one_class(workplace, monkeyp
 @pytest.mark.parametrize("n_clusters", [2, 7])  # of 3 classes
 def test_fewer_and_more_clusters_than_classes(n_clusters, workplace, monkeypatch):
     train_here(monkeypatch, *IMAGES, "--name", "t", "--num-clusters", str(n_clusters))
-    found = weights(workplace / "runs/t")
+    found = weights("t")
     n_left = len(found["refit_probe.centroids"])  # those that nearly coincide become one
     assert len(found["cluster_probe.centroids"]) == n_clusters >= n_left
     assert len(found["linear_probe.weight"]) == 3
@@ -183,7 +179,7 @@ def test_fewer_and_more_clusters_than_classes(n_clusters, workplace, monkeypatch
 
 def test_the_step_equals_one_written_out_by_hand(workplace, monkeypatch):
     train_here(monkeypatch, *IMAGES, "--name", "t", "--steps", "4", "--center", "--seed", "3")
-    cache, found = next(workplace.glob("cache/*")), weights(workplace / "runs/t")
+    cache, found = next(workplace.glob("cache/*")), weights("t")
     maps = torch.from_numpy(np.load(cache / "maps.npy")).float().permute(0, 3, 1, 2)
     neighbors = data.nearest_neighbors(torch.from_numpy(np.load(cache / "vectors.npy")), 7)
     labels = torch.from_numpy(np.load(cache / "labels.npy"))
@@ -234,13 +230,13 @@ def test_each_loss_teaches_what_it_should_and_nothing_else(workplace, monkeypatc
     off = [option for term in TERMS for option in (f"--lambda-{term}", "0")]
     train_here(monkeypatch, *IMAGES, "--name", "start", "--steps", "0")
     train_here(monkeypatch, *IMAGES, "--name", "probes", *off)
-    before, probes = (weights(workplace / "runs" / name) for name in ("start", "probes"))
+    before, probes = (weights(name) for name in ("start", "probes"))
     for name in before:
         changed = not torch.equal(before[name], probes[name])
         assert name.startswith("refit") or changed == name.startswith(("cluster_probe", "linear_probe")), name
     for term in TERMS:  # each of the three alone teaches the head, the backbone stays
         train_here(monkeypatch, *IMAGES, "--name", term, "--steps", "2", *off, f"--lambda-{term}", "1")
-        after = weights(workplace / "runs" / term)
+        after = weights(term)
         assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("backbone"))
         assert not any(torch.equal(before[name], after[name]) for name in before if name.startswith("head"))
 
@@ -254,7 +250,7 @@ def test_few_or_equal_images_make_smaller_batches_and_no_nan(kind, n_images, n_v
             path.unlink()
     more = ["--crop", "five", "--num-clusters", "1"] if n_images == 1 else []
     train_here(monkeypatch, *IMAGES, "--name", "t", "--batch-size", "16", *more)
-    assert all(torch.isfinite(value).all() for value in weights(workplace / "runs/t").values())
+    assert all(torch.isfinite(value).all() for value in weights("t").values())
     assert scores_of("t")["config"]["batch_size"] == n_views and len(log_of("t")) == 1
     assert kind == "random" or "the codes collapsed" in str(scores_of("t")["warnings"])
 
@@ -317,7 +313,7 @@ def test_a_finished_run_is_not_overwritten(workplace, monkeypatch, told):
 def test_a_run_without_numbers_stops_and_keeps_its_checkpoint(steps, workplace, monkeypatch, told):
     error = told(*IMAGES, "--name", "t", "--lr", "inf", "--steps", steps)
     assert f"step {steps}: the weights are not finite" in error and "lower --lr" in error and not log_of("t")
-    assert all(torch.isfinite(value).all() for value in weights(workplace / "runs/t").values())
+    assert all(torch.isfinite(value).all() for value in weights("t").values())
     train_here(monkeypatch, "--resume", "t", "--lr", "0.0005", "--steps", "12")
     train_here(monkeypatch, *IMAGES, "--name", "good")
-    assert same(weights(workplace / "runs/t"), weights(workplace / "runs/good"))
+    assert same_weights("t", "good")
