@@ -78,14 +78,6 @@ def test_a_label_may_have_a_palette_but_not_colours(tmp_path):
         data.read_label(tmp_path / "rgb.png")
 
 
-def test_files_that_are_no_images_are_mentioned(tmp_path, capsys):
-    save_image(tmp_path / "a.png")
-    for name in ("b.HEIC", ".hidden"):
-        (tmp_path / name).write_bytes(b"")
-    assert len(data.directory(tmp_path, "train", 2)) == len(data.directory(tmp_path, "val", 2)) == 1
-    assert capsys.readouterr().out == f"{tmp_path}: not read as images: 1, such as b.HEIC\n"
-
-
 def test_directory_pairs_labels_by_stem_and_reads_class_names(folder):
     (folder / "classes.txt").write_text("\ufeffsky\n\n  road \r\ntree\n", encoding="utf-8")
     train, val = (data.directory(folder, split) for split in ("train", "val"))
@@ -110,15 +102,18 @@ def test_some_labels_may_be_missing_but_not_all(folder):
         data.directory(folder, "train", 4)
 
 
-def test_which_images_are_read_where_there_is_no_imgs_no_val_or_no_split(folder, tmp_path):
+def test_which_images_are_read_where_there_is_no_imgs_no_val_or_no_split(folder, tmp_path, capsys):
     def names(*arguments):
         found = data.directory(*arguments, 4)
         return [path.name for path in found.images], found.split, found.has_labels
     for name in ("deep/er/one.jpg", "two.PNG"):
         save_image(tmp_path / "photos" / name)
-    (tmp_path / "photos/notes.txt").write_text("no image")
+    for name in ("notes.txt", ".hidden"):
+        (tmp_path / "photos" / name).write_text("no image")
+    (tmp_path / "photos/deep/loop").symlink_to(tmp_path / "photos")
     for split, read in (("train", "train"), ("val", "train"), (None, None)):
         assert names(tmp_path / "photos", split) == (["one.jpg", "two.PNG"], read, False)
+    assert capsys.readouterr().out.count("photos: not read as images: 1, such as notes.txt\n") == 2  # not of val
     assert names(tmp_path / "photos/two.PNG", None) == (["two.PNG"], None, False)
     assert names(folder, None) == (["a.png", "b.jpg", "c.png", "v.png"], None, False)
     (folder / "imgs/val").rename(folder / "imgs/test")
@@ -240,17 +235,9 @@ def test_five_crops_are_cut_from_the_full_image_before_they_are_resized():
     for i, part in enumerate(TF.five_crop(image, (45, 60))):
         expected = np.asarray(part.resize((42, 32), Image.Resampling.NEAREST).crop((5, 0, 37, 32)))
         assert np.array_equal(found[i], expected)
+    assert np.array_equal(data.views(image.getchannel("R"), 32, "five"), found[..., 0])  # as of a label
     whole = image.resize((42, 32), Image.Resampling.NEAREST).crop((5, 0, 37, 32))
     assert np.array_equal(data.views(image, 32), np.asarray(whole)[None])
-
-
-def test_labels_go_through_the_views_of_their_image(folder):
-    train = data.directory(folder, "train", 4)
-    train.image = lambda i: Image.fromarray(np.stack([train.label(i)] * 3, -1))
-    for crop, v in data.VIEWS.items():
-        images, labels = (data.views(read(0), 16, crop) for read in (train.image, train.label))
-        assert labels.shape == (v, 16, 16)
-        assert np.array_equal(images, np.stack([labels] * 3, 3))
 
 
 def test_views_of_odd_sizes_are_square_and_that_of_a_line_takes_no_gigabytes(monkeypatch):
