@@ -273,7 +273,7 @@ def told(monkeypatch, capsys):
     ("--data-root nowhere --num-classes 3", "nowhere: there is no such folder"),
     ("--data-root images --backbone vit.pth", "--num-classes"), ("--dataset directory", "--data-root FOLDER"),
     ("--data-root images --num-classes 256", "1 to 255"),
-    ("--data-root images --num-classes 3 --backbone resnet50", "backbone resnet50: neither"),
+    ("--data-root images --num-classes 3 --backbone resnet50", "neither a file nor one of vit_tiny_scenes"),
     ("--data-root images --num-classes 3 --backbone images/imgs/val/0.png", "not a readable file of weights"),
     ("--dataset scenes --data-root images", "--dataset directory"),
     ("--preset cityscapes-vitb8 --data-root images", "no images of the split train"),

@@ -222,11 +222,6 @@ def test_other_files_are_refused_in_one_sentence_that_names_what_was_found(name,
     assert f"{name}.pth" in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_what_is_not_there_is_answered_with_the_names_that_are_known(tmp_path):
-    with pytest.raises(stego.InputError, match="neither a file nor one of vit_tiny_scenes, dino_vits16"):
-        stego.load_backbone(tmp_path)
-
-
 @pytest.mark.parametrize("broken", ["nothing", "a page", "half"])
 def test_a_broken_download_leaves_nothing_and_the_next_one_is_whole(broken, tmp_path, monkeypatch):
     def download(url, target):
