@@ -122,6 +122,7 @@ def test_caches_change_no_result():
 
 @pytest.mark.parametrize("change, message", [
     ({"image": np.zeros((11, 14, 3), np.float32)}, "uint8"),
+    ({"image": np.zeros((11, 14, 4), np.uint8)}, "image must be"),
     ({"image": np.zeros((14, 11, 3), np.uint8)}, "probs must be"),
     ({"probs": np.ones((4, 11, 14), np.int64)}, "float"),
     ({"probs": np.full((4, 11, 14), np.nan, np.float32)}, "finite")])
