@@ -113,7 +113,7 @@ def test_which_images_are_read_where_there_is_no_imgs_no_val_or_no_split(folder,
     (tmp_path / "photos/deep/loop").symlink_to(tmp_path / "photos")
     for split, read in (("train", "train"), ("val", "train"), (None, None)):
         assert names(tmp_path / "photos", split) == (["one.jpg", "two.PNG"], read, False)
-    assert capsys.readouterr().out.count("photos: not read as images: 1, such as notes.txt\n") == 2  # not of val
+    assert capsys.readouterr().out.count("photos: not read as images: 1, such as notes.txt\n") == 2
     assert names(tmp_path / "photos/two.PNG", None) == (["two.PNG"], None, False)
     assert names(folder, None) == (["a.png", "b.jpg", "c.png", "v.png"], None, False)
     (folder / "imgs/val").rename(folder / "imgs/test")
