@@ -172,12 +172,12 @@ def test_fewer_and_more_clusters_than_classes(n_clusters, workplace, monkeypatch
 
 
 def test_the_step_equals_one_written_out_by_hand(workplace, monkeypatch):
-    train_here(monkeypatch, *IMAGES, "--name", "t", "--steps", "4", "--center", "--seed", "3")
+    train_here(monkeypatch, *IMAGES, "--name", "t", "--steps", "4", "--center", "--seed", "3", "--lambda-rand", "2")
     cache, found = next(workplace.glob("cache/*")), weights("t")
     maps = torch.from_numpy(np.load(cache / "maps.npy")).float().permute(0, 3, 1, 2)
     neighbors = data.nearest_neighbors(torch.from_numpy(np.load(cache / "vectors.npy")), 7)
     labels = torch.from_numpy(np.load(cache / "labels.npy"))
-    shifts, lambdas = scores_of("t")["shifts"], (1.0, 0.577453483136995, 0.9058762625226623)
+    shifts, lambdas = scores_of("t")["shifts"], (1.0, 0.577453483136995, 2.0)
     torch.manual_seed(3)
     model = stego.Stego(stego.load_backbone("vit.pth"), 5, 3, 3)
     head, centroids, linear = model.head.train(), model.cluster_probe.centroids, model.linear_probe
@@ -218,21 +218,6 @@ def test_the_step_equals_one_written_out_by_hand(workplace, monkeypatch):
             optimizer.step()
     for name, value in model.state_dict().items():  # the head has moved by 2e-3, the probes by 2e-2
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0, msg=name)
-
-
-def test_each_loss_teaches_what_it_should_and_nothing_else(workplace, monkeypatch):
-    off = [option for term in TERMS for option in (f"--lambda-{term}", "0")]
-    train_here(monkeypatch, *IMAGES, "--name", "start", "--steps", "0")
-    train_here(monkeypatch, *IMAGES, "--name", "probes", *off)
-    before, probes = (weights(name) for name in ("start", "probes"))
-    for name in before:
-        changed = not torch.equal(before[name], probes[name])
-        assert name.startswith("refit") or changed == name.startswith(("cluster_probe", "linear_probe")), name
-    for term in TERMS:  # each of the three alone teaches the head, the backbone stays
-        train_here(monkeypatch, *IMAGES, "--name", term, "--steps", "2", *off, f"--lambda-{term}", "1")
-        after = weights(term)
-        assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("backbone"))
-        assert not any(torch.equal(before[name], after[name]) for name in before if name.startswith("head"))
 
 
 @pytest.mark.parametrize("kind, n_images, n_views", [("equal", 12, 12), ("random", 2, 2), ("random", 1, 5)])
