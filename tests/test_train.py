@@ -47,9 +47,10 @@ def test_what_is_typed_goes_over_the_preset_and_the_preset_over_the_defaults(mon
 
 
 def test_presets_hold_nothing_that_is_no_option(monkeypatch):
+    options = vars(settings(monkeypatch, "--data-root", "folder"))
     for name, preset in train.PRESETS.items():
         found = settings(monkeypatch, "--preset", name, "--data-root", "folder")
-        assert vars(found).items() >= preset.items()
+        assert vars(found).items() >= preset.items() and options.keys() >= preset.keys()
 
 
 def test_batches_are_permutations_by_epoch_and_a_function_of_seed_and_step():
