@@ -173,7 +173,8 @@ def test_fewer_and_more_clusters_than_classes(n_clusters, workplace, monkeypatch
 
 
 def test_the_step_equals_one_written_out_by_hand(workplace, monkeypatch):
-    train_here(monkeypatch, *IMAGES, "--name", "t", "--steps", "4", "--center", "--seed", "3", "--lambda-rand", "2")
+    typed = ["--name", "t", "--steps", "4", "--center", "--seed", "3", "--lambda-rand", "2"]
+    train_here(monkeypatch, *IMAGES, *typed)
     cache, found = next(workplace.glob("cache/*")), weights("t")
     maps = torch.from_numpy(np.load(cache / "maps.npy")).float().permute(0, 3, 1, 2)
     neighbors = data.nearest_neighbors(torch.from_numpy(np.load(cache / "vectors.npy")), 7)

@@ -237,4 +237,6 @@ def test_a_broken_download_leaves_nothing_and_the_next_one_is_whole(broken, tmp_
         stego.load_backbone("dino_vits8")
     assert os.listdir(tmp_path / "hub/checkpoints") == []
     content = whole
-    assert stego.load_backbone("dino_vits8").patch_size == 8
+    for name in ("dino_vits8", "dinov3_vits16", "dinov3_vitb16"):  # two are called model.safetensors
+        assert stego.load_backbone(name).patch_size == 8
+    assert len(os.listdir(tmp_path / "hub/checkpoints")) == 3
