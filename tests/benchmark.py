@@ -95,15 +95,6 @@ def train_step(quick, device):
               f"ViT-S/8, {size} px, batch {batch}, K 70, 27 classes, against a backbone at every step")
 
 
-def loss(quick, device):
-    N, side = (4, 14) if quick else (16, 28)
-    x, x_knn = (torch.randn(N, side, side, 384, device=device).permute(0, 3, 1, 2) for _ in range(2))
-    codes, codes_knn = (torch.randn(N, 70, side, side, device=device, requires_grad=True) for _ in range(2))
-    seconds, = take_turns(10, device, lambda: stego.stego_loss(
-        x, x_knn, codes, codes_knn, (1, 1, 1), (0, 0, 0))[0].backward())
-    yield row("loss", seconds, "s", None, f"forward and backward, {N} x {side} x {side}, D 384, K 70")
-
-
 def extract(quick, device):
     n, size = (8, 112) if quick else (64, 224)
     workers, model, random = os.cpu_count(), small_model(device), np.random.default_rng(0)
@@ -171,7 +162,7 @@ def predict(quick, device):
 
 
 ROWS = {function.__name__: function for function in
-        (train_step, loss, extract, neighbors, kmeans, crf, evaluation, predict)}
+        (train_step, extract, neighbors, kmeans, crf, evaluation, predict)}
 
 
 def main():
