@@ -44,9 +44,10 @@ def test_positions_of_dinov2_with_registers_are_averaged_when_there_are_fewer_pa
     assert vit.position_embedding(1, 1)[:, 1:].min() > 0.1
 
 
-def test_dinov3_with_gated_mlps_as_transformers_saves_it_equals_transformers():
+def test_dinov3_with_gated_mlps_as_transformers_saves_it_equals_transformers(tmp_path):
     file = ROOT / "tests/golden_dinov3_gated.safetensors"
-    tokens = patch_tokens(stego.load_backbone(file), GOLDEN["gated_image"])
+    (tmp_path / "model.safetensors").symlink_to(file)  # save_pretrained makes a folder with this in it
+    tokens = patch_tokens(stego.load_backbone(tmp_path), GOLDEN["gated_image"])
     torch.testing.assert_close(tokens, GOLDEN["gated_tokens"], rtol=0, atol=1e-3)
     exact = {"rope_embed.periods": 100 ** (torch.arange(16) / 16)}  # transformers does not round them
     tokens = patch_tokens(stego.vit_from_state_dict(stego.read_tensors(file) | exact), GOLDEN["gated_image"])
@@ -196,12 +197,6 @@ def test_files_of_training_runs_give_their_backbone_frozen(wrap, tmp_path):
     assert all(parameter.dtype == torch.float32 for parameter in backbone.parameters())
     for name, value in backbone.state_dict().items():
         torch.testing.assert_close(value, vit.state_dict()[name], rtol=1e-3, atol=1e-4)
-
-
-def test_a_folder_of_save_pretrained_is_read_as_its_model_safetensors(tmp_path):
-    vit = random_vit("dinov2_reg")
-    save_safetensors(transformers_names(vit), tmp_path / "model.safetensors")
-    assert_equal_features(stego.load_backbone(tmp_path), vit)
 
 
 DINO = random_vit("dino").state_dict()
