@@ -250,9 +250,12 @@ def test_compare_groups_runs_by_their_settings(tmp_path, capsys):
 
 
 def test_photos_of_any_size_are_segmented_at_their_own_size(model):
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append([*inputs[0].shape[2:]]))
     for size, crf in (((70, 33), True), ((5, 400), False), ((1, 1), True)):
         ids = evaluate.predict(model, model.refit_probe, Made().image(0).resize(size), 32, crf)
         assert ids.shape == size[::-1] and ids.dtype == np.uint8 and ids.max() < 5
+    assert seen[::2] == [[32, 64], [128, 32], [32, 32]]  # the longer side is at most four times the shorter
 
 
 def test_a_prediction_is_of_the_whole_image(model):
@@ -294,13 +297,14 @@ def test_a_folder_of_photos_is_predicted_under_its_names_and_in_its_colours(mode
 
 @pytest.mark.parametrize("photos, out, message", [
     ("photos/a.png", "photos", "photos lies inside .*photos"),  # a.png would be replaced
+    ("photos/panel.jpg", "out", "panel.jpg: its result"),  # panel.png is that of all photos
     ("photos", "out", "a.jpg: its result, .*a.png, would have the name of another")])
 def test_no_result_replaces_another_file(photos, out, message, model, tmp_path):
-    for name in ("a.jpg", "a.png"):
+    for name in ("a.jpg", "a.png", "panel.jpg"):
         save_image(tmp_path / "photos" / name)
     with pytest.raises(stego.InputError, match=message):
         predict_here(model, tmp_path / photos, tmp_path / out)
-    assert len(data.files_below(tmp_path)) == 2
+    assert len(data.files_below(tmp_path)) == 3
 
 
 def test_a_person_may_edit_names_and_colours_of_clusters(tmp_path):
