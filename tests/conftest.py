@@ -78,7 +78,7 @@ def backbone():
 
 
 def fill_workplace(path):
-    torch.manual_seed(1)
+    torch.manual_seed(3)
     torch.save(random_vit("dino", std=0.3, embed_dim=16, depth=1, num_heads=1).state_dict(), path / "vit.pth")
     for split, n in (("train", 12), ("val", 2)):
         for i in range(n):
