@@ -662,7 +662,7 @@ def draw_curves(path, plots, x_label):
             (x, y), (x_value, y_value) = corner + share * extent, low + share * (high - low)
             draw.line((x, top, x, bottom), "lightgray", 3)
             draw.line((left, y, right, y), "lightgray", 3)
-            draw.text((x, bottom + 45), f"{round(x_value, 6):.4g}", "black", font, "mm")
+            draw.text((x, bottom + 45), f"{round(x_value, 4):.4g}", "black", font, "mm")
             draw.text((left - 24, y), f"{round(y_value, 6):.3g}", "black", font, "rm")
         draw.text(((left + right) / 2, bottom + 115), x_label, "black", font, "mm")
         for line, colour in zip(lines, colours):
