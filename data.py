@@ -468,19 +468,20 @@ def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, w
         return rows, views(collection.image(i), size, crop), views(collection.label(i), size, crop)
 
     # Writing a batch takes a few hundredths of a second, so only decoding runs beside the network.
-    decoded = iter(progress(in_parallel(read, todo, workers), "features", "image", len(mine),
-                            len(mine) - len(todo), rank))
-    while batch := list(itertools.islice(decoded, max(1, views_at_once // v))):
-        rows, pixels, labels = map(np.concatenate, zip(*batch))
-        maps = compute(pixels)
-        half = maps.half().permute(0, 2, 3, 1)  # (N, h, w, D)
-        if not torch.isfinite(half).all():
-            raise InputError(f"{collection.images[rows[0] // v]} or the {len(batch) - 1} images after it: "
-                             "the backbone gives features that are not finite in float16")
-        values = {"vectors": maps.mean((2, 3)).cpu(), "maps": half.cpu(), "labels": labels}
-        for name, array in out.items():
-            array[rows] = values[name]
-        done[rows // v] = True
+    decoded = in_parallel(read, todo, workers)
+    with progress(None, "features", "image", len(mine), len(mine) - len(todo), rank) as bar:
+        while batch := list(itertools.islice(decoded, max(1, views_at_once // v))):
+            rows, pixels, labels = map(np.concatenate, zip(*batch))
+            maps = compute(pixels)
+            half = maps.half().permute(0, 2, 3, 1)  # (N, h, w, D)
+            if not torch.isfinite(half).all():
+                raise InputError(f"{collection.images[rows[0] // v]} or the {len(batch) - 1} images after "
+                                 "it: the backbone gives features that are not finite in float16")
+            values = {"vectors": maps.mean((2, 3)).cpu(), "maps": half.cpu(), "labels": labels}
+            for name, array in out.items():
+                array[rows] = values[name]
+            done[rows // v] = True
+            bar.update(len(batch))
 
 
 @torch.no_grad()
