@@ -204,7 +204,8 @@ def main():
             stego.save_checkpoint(checkpoint, model, vars(args), step=step, rows=rows, optimizer=state)
             data.write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
-    save(first_step)  # from here on the run can be resumed
+    if not args.resume:  # whose checkpoint stays as it is, clusters included, until training has moved on
+        save(first_step)  # from here on the run can be resumed
     settings = ", ".join(f"{key} {value}" for key, value in vars(args).items() if value is not None)
     print(textwrap.fill(f"{folder} on {world} x {device}: {settings}", 110))
     labelled = sum(label is not None for label in train.labels)

@@ -299,3 +299,14 @@ def test_a_run_without_numbers_stops_and_keeps_its_checkpoint(workplace, monkeyp
     train_here(monkeypatch, "--resume", "t", "--lr", "0.0005", "--steps", "12")
     train_here(monkeypatch, *IMAGES, "--name", "good")
     assert same_weights("t", "good")
+
+
+def test_a_finished_run_keeps_its_clusters_if_going_on_is_interrupted_at_once(workplace, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    train_here(monkeypatch, *IMAGES, "--name", "t")
+    finished = Path("runs/t/checkpoint.pt").read_bytes()
+    monkeypatch.setattr(train.stego, "stego_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(monkeypatch, "--resume", "t", "--steps", "24")
+    assert Path("runs/t/checkpoint.pt").read_bytes() == finished
