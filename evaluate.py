@@ -732,8 +732,8 @@ def draw_heatmaps(path, model, collection, neighbors, size, crop, n_images=5):
         rows.append([Image.fromarray(view) for view in pair])
         ImageDraw.Draw(rows[-1][0]).ellipse((x - r, x - r, x + r, x + r), "white", "black", r // 3)
         for maps in (features, model.head(features)):
-            point = maps[:1, :, h // 2, h // 2, None, None]  # (1, D, 1, 1)
-            cosine = nnf.cosine_similarity(maps, point)[:, None].clamp(min=0)  # (2, 1, h, h)
+            point = maps[:1, :, h // 2, h // 2, None, None].expand(2, -1, -1, -1)
+            cosine = stego.correlation(point, maps)[:, 0].clamp(min=0)  # (2, 1, h, h)
             cosine = nnf.interpolate(cosine, (size, size), mode="bilinear")[:, 0, :, :, None].cpu()
             rows[-1].extend(Image.fromarray(view) for view in (pixels * cosine).byte().numpy())
     titles = ("view and point", "neighbour", "F in view", "F in neighbour", "S in view", "S in neighbour")

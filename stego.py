@@ -330,7 +330,8 @@ def same_class_rates(F_self, F_knn, F_rand, pi_rand):
 
     F_self, F_knn, F_rand: at random pairs of points. Returns (pi_self, pi_knn, pi_rand), none below pi_rand.
     """
-    below = [F.le(F_rand.median()).float().mean() for F in (F_self, F_knn, F_rand)]
+    m = F_rand.median()
+    below = [F.le(m).float().mean() for F in (F_self, F_knn, F_rand)]
     return tuple(max(pi_rand, 1 - (1 - pi_rand) * (share / below[2]).item()) for share in below)
 
 
@@ -500,14 +501,15 @@ BACKBONES = {  # name -> address or file of the weights
         ("vits16", "small"), ("vits16plus", "small_plus"), ("vitb16", "base"), ("vitl16", "large"))},
 }
 RENAMES = [  # regular expressions, applied in this order: names of transformers and timm -> Meta's
-    (r"^((module|vit|dinov2(_with_registers)?|dinov3_vit|model|backbone|embeddings)\.(?!layer\.\D))+", ""),
-    (r"^position_embeddings$", "pos_embed"),
-    (r"^patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+    (r"^(module\.)?((vit|dinov2(_with_registers)?|dinov3_vit|model|backbone)\.(?!layer\.\D))?", ""),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+    (r"^embeddings\.", ""),
     (r"^(encoder\.)?layers?\.(?=\d)", "blocks."),
     (r"^layernorm\.", "norm."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
-    (r"\.(gamma_|layer_scale)(\d)(\.lambda1)?$", r".ls\2.gamma"),
+    (r"\.(?:gamma_(\d)|layer_scale(\d)\.lambda1)$", r".ls\1\2.gamma"),
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
     (r"\.attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.", r".attn.\2."),
     (r"\.attn\.(q|k|v)_bias$", r".attn.\1.bias"),
@@ -515,8 +517,9 @@ RENAMES = [  # regular expressions, applied in this order: names of transformers
     (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     (r"^(storage_tokens|reg_token)$", "register_tokens"),
 ]
-PLAIN_MLP = [(r"\bup_proj\b", "fc1"), (r"\bdown_proj\b", "fc2")]
-SWIGLU = [(r"\b(gate_proj|fc1_g)\b", "w1"), (r"\b(up_proj|fc1_x)\b", "w2"), (r"\b(down_proj|fc2)\b", "w3")]
+PLAIN_MLP = [(r"\.mlp\.up_proj\.", ".mlp.fc1."), (r"\.mlp\.down_proj\.", ".mlp.fc2.")]
+SWIGLU = [(r"\.mlp\.(gate_proj|fc1_g)\.", ".mlp.w1."), (r"\.mlp\.(up_proj|fc1_x)\.", ".mlp.w2."),
+          (r"\.mlp\.(down_proj|fc2)\.", ".mlp.w3.")]
 UNUSED = r"mask_token$|pooler\.|local_cls_norm\.|(dino_|ibot_)?head\.|.*\.bias_mask$"  # of pretraining only
 
 
