@@ -212,8 +212,8 @@ def directory(root, split, n_classes=None, default_classes=0):
     names = [line.strip() for line in lines if line.strip()]
     n_classes = n_classes or len(names) or default_classes or 0
     if not 1 <= n_classes <= VOID:
-        raise InputError(f"{root}: say with --num-classes how many kinds of things to tell apart (1 to "
-                         f"{VOID}), or name them in a classes.txt, one a line")
+        raise InputError(f"{root}: give --num-clusters, how many clusters to find (1 to {VOID}); for labels, "
+                         "also --num-classes, or a classes.txt with the names of the classes, one a line")
     names += [f"class {i}" for i in range(len(names), n_classes)]
     return Collection(folder, split, images, labels, names[:n_classes])
 
@@ -237,30 +237,19 @@ COCO27 = (  # the class of each of CocoStuff 164k's 182 ids, as in the authors' 
     13, 22, 26, 14, 14, 15, 22, 21, 21, 24, 20, 22, 15, 17, 16, 15, 22, 24, 21, 17, 25, 16, 21, 17, 22, 16,
     21, 21, 25, 21, 26, 21, 24, 20, 17, 14, 21, 26, 15, 23, 20, 21, 24, 15, 24, 22, 25, 15, 20, 17, 17, 22,
     14, 18, 18, 18, 18, 18, 18, 18, 26, 26, 19, 19, 24)
-COCO = Layout(
-    "images/{split}2017/{id}.jpg", "annotations/{split}2017/{id}.png",
-    {"train": "curated/train2017/Coco164kFull_Stuff_Coarse.txt",  # 49,629 ids
-     "val": "curated/val2017/Coco164kFull_Stuff_Coarse_7.txt"},  # 2,175
-    ("electronic", "appliance", "food-things", "furniture-things", "indoor", "kitchen", "accessory", "animal",
-     "outdoor", "person", "sports", "vehicle", "ceiling", "floor", "food-stuff", "furniture-stuff",
-     "raw-material", "textile", "wall", "window", "building", "ground", "plant", "sky", "solid", "structural",
-     "water"), COCO27,
-    "images are train2017.zip and val2017.zip of cocodataset.org, annotations stuffthingmaps_trainval2017."
-    "zip of github.com/nightrome/cocostuff, curated is in the authors' cocostuff.zip (download_datasets.py)")
-
-
-def coco_part(kept, list_name):
-    """CocoStuff of a few of its 27 classes, the others void, and of the images in other lists."""
-    return COCO._replace(lists={split: f"curated/{split}2017/{list_name}" for split in ("train", "val")},
-                         names=tuple(COCO.names[c] for c in kept),
-                         classes=tuple(kept.index(c) if c in kept else VOID for c in COCO27))
-
-
 CITYSCAPES = [c for c in Cityscapes.classes if c.id >= 7]  # 27 classes, including the benchmark's 19
 LAYOUTS = {
-    "cocostuff27": COCO,
-    "cocostuff15": coco_part(range(12, 27), "Coco164kFull_Stuff_Coarse_7.txt"),  # the stuff
-    "cocostuff3": coco_part((23, 22, 21), "Coco164kFew_Stuff_6.txt"),  # sky, plant, ground
+    "cocostuff27": Layout(
+        "images/{split}2017/{id}.jpg", "annotations/{split}2017/{id}.png",
+        {"train": "curated/train2017/Coco164kFull_Stuff_Coarse.txt",  # 49,629 ids
+         "val": "curated/val2017/Coco164kFull_Stuff_Coarse_7.txt"},  # 2,175
+        ("electronic", "appliance", "food-things", "furniture-things", "indoor", "kitchen", "accessory",
+         "animal", "outdoor", "person", "sports", "vehicle", "ceiling", "floor", "food-stuff",
+         "furniture-stuff", "raw-material", "textile", "wall", "window", "building", "ground", "plant", "sky",
+         "solid", "structural", "water"), COCO27,
+        "images are train2017.zip and val2017.zip of cocodataset.org, annotations "
+        "stuffthingmaps_trainval2017.zip of github.com/nightrome/cocostuff, curated is in the authors' "
+        "cocostuff.zip (download_datasets.py)"),
     "cityscapes": Layout(
         "leftImg8bit/{split}/{id}_leftImg8bit.png", "gtFine/{split}/{id}_gtFine_labelIds.png",
         {"train": None, "val": None}, tuple(c.name for c in CITYSCAPES), (VOID,) * 7 + tuple(range(27)),
@@ -268,8 +257,7 @@ LAYOUTS = {
         tuple(c.color for c in CITYSCAPES)),
     "potsdam": Layout(  # ids 0 to 5: road, building, low vegetation, tree, car, clutter
         "imgs/{id}.mat", "gt/{id}.mat",
-        {"train": "labelled_train.txt",  # the authors train on the labelled part, data.py:129
-         "val": "labelled_test.txt", "unlabelled_train": "unlabelled_train.txt"},
+        {"train": "labelled_train.txt", "val": "labelled_test.txt"},  # as the authors, data.py:129
         ("roads and cars", "buildings and clutter", "trees and vegetation"), (0, 1, 2, 2, 0, 1),
         "all is in the authors' potsdam.zip (src/download_datasets.py); reading it takes scipy"),
 }
@@ -293,8 +281,7 @@ def published(dataset, root, split):
                for path in sorted(folder.glob(f"{before}*/*{after}"))]
     images, labels = ([folder / path.format(split=split, id=name) for name in ids]
                       for path in (layout.image, layout.label))
-    labels = [None] * len(ids) if split.startswith("unlabelled") else labels
-    missing = [path for path in images + labels if path and not path.is_file()]
+    missing = [path for path in images + labels if not path.is_file()]
     if missing or not ids:
         lacking = f"missing files ({len(missing):,}), such as {missing[0]}" if missing else (
             f"{folder}: no images of the split {split}")

@@ -418,6 +418,10 @@ def report(folder, confusions, samples, collection, legend, config, warnings=(),
                      for k, c in enumerate(assignment)] for row, assignment in assignments.items()}
     results = {}
     if labelled:
+        n_pixels = samples[0][0][..., 0].size * sum(label is not None for label in collection.labels)
+        if confusions[best].sum() < n_pixels:  # often by mistake, as when ids begin at 1
+            print(f"{confusions[best].sum() / n_pixels:.1%} of the labelled images' pixels show a class; the "
+                  f"others are void, that is, no id from 0 to {collection.n_classes - 1}")
         legends["label"], names = classes, collection.names
         named = [names.index(name) if name in names else -1 for name, _ in legend]
         readings = [(row, confusions[row], assignment.tolist()) for row, assignment in assignments.items()]
@@ -491,13 +495,17 @@ def write_legend(path, legend, share=()):
 
 
 def read_legend(path, n_clusters):
-    """(name, colour) of each cluster from clusters.json, which a person may edit, or else by number."""
+    """(name, colour) of each cluster from clusters.json, which a person may edit, or else by number.
+
+    Clusters of one name are one class, in the colour of the first.
+    """
     legend = [(f"cluster {k}", colour) for k, colour in enumerate(data.class_palette(n_clusters).tolist())]
     with refusing(f"{path}: not a list of clusters as training writes it"):
         for k, entry in json.loads(path.read_text("utf-8")).items() if path.is_file() else ():
             red, green, blue = bytes(entry["color"])
             legend[int(k)] = " ".join(str(entry["name"]).split()), [red, green, blue]
-    return legend
+    first = dict(reversed(legend))  # name -> colour of its first cluster
+    return [(name, first[name]) for name, _ in legend]
 
 
 @torch.no_grad()
@@ -528,7 +536,7 @@ def predict(model, probe, image, size, crf=True):
 def predict_folder(model, probe, folder, out, size, legend, crf=True):
     """Segments every image below `folder`, or the one image it is, into `out`.
 
-    legend: (name, colour) of each cluster; those of one name are one class, in the colour of the first.
+    legend: (name, colour) of each cluster; those of one name are one class.
     Writes for each photo a palette PNG of class ids, of the same stem and size, and <stem>_overlay.jpg, with
     a legend below; for all, classes.json (name and colour of each id) and panel.png. Photos that cannot be
     read raise one InputError after the others are done.
@@ -542,9 +550,8 @@ def predict_folder(model, probe, folder, out, size, legend, crf=True):
     for path, target in zip(photos.images, targets):
         if taken[target] > 1:
             raise InputError(f"{path}: its result, {target}, would have the name of another; rename it")
-    first = dict(reversed(legend))  # name -> colour of its first cluster
-    classes = [(name, first[name]) for name in dict(legend)]
-    class_of = np.array([classes.index((name, first[name])) for name, _ in legend], np.uint8)  # by cluster
+    classes = [*dict(legend).items()]
+    class_of = np.array([classes.index(entry) for entry in legend], np.uint8)  # by cluster
     out.mkdir(parents=True, exist_ok=True)
     write_legend(out / "classes.json", classes)
     thumbnails, bad = [], []
@@ -844,7 +851,7 @@ def parse_args():
     add("--compare", nargs="+", metavar="RUN", help="print the scores of runs, mean ± deviation over seeds")
     add = parser.add_argument
     add("--out", metavar="FOLDER", help="where results go; for scores, eval-<split> in the run if not given")
-    add("--split", default="val", help="val (default), train; dev for scenes, unlabelled_train for potsdam")
+    add("--split", help="val, train, or dev of the scenes; if not given val, of --correspondences train")
     add("--dataset", choices=data.DATASETS, help="this and the next four are as in training if not given")
     add("--data-root")
     add("--num-classes", type=int)
@@ -879,7 +886,7 @@ def main():
         return
 
     data_root = args.data_root or (None if args.dataset else config["data_root"])
-    split = "train" if args.correspondences else args.split
+    split = args.split or ("train" if args.correspondences else "val")
     collection = data.load_collection(args.dataset or config["dataset"], data_root, split, args.num_classes,
                                       config["num_classes"])
     data.check_files([collection], args.workers, rank)

@@ -57,12 +57,17 @@ def parse_args():
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
-    def shift(text):  # its name is in argparse's error message
+    def shift(text):  # its name is in argparse's error message, as is the next one's
         return text if text == "auto" else float(text)
+
+    def share(text):
+        if not 0 <= float(text) <= 1:
+            raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+        return float(text)
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--preset", choices=PRESETS, help="all settings of a published result, or of the scenes")
+    add("--preset", choices=PRESETS, help="all settings of a published result; scenes if nothing is given")
     add("--resume", metavar="NAME", type=lambda text: text.removeprefix("runs/").rstrip("/"),
         help="go on with runs/NAME, with its settings")
     add("--name", help="results go into runs/<name>; the data set's name and a number if not given")
@@ -83,7 +88,7 @@ def parse_args():
     add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of the backbone; auto: bfloat16 where the hardware has it, else float32")
     add("--code-dim", type=int, default=70, help="numbers in a code, the paper's K")
-    add("--dropout", type=float, default=0.1, help="channel dropout of the features")
+    add("--dropout", type=share, default=0.1, help="share of the feature channels that are dropped")
     add("--num-clusters", type=int, help="clusters to find; as many as classes if not given")
 
     add = parser.add_argument_group("objective").add_argument  # weights as in the paper's Cityscapes model
@@ -93,8 +98,8 @@ def parse_args():
     add("--b-self", type=shift, default="auto", help="shift of self pairs: they attract where F is larger")
     add("--b-knn", type=shift, default="auto", help="of knn pairs: codes collapse if low, scatter if high")
     add("--b-rand", type=shift, default="auto", help="of rand pairs; auto: each from the features alone")
-    add("--same-class", type=float, nargs=3, metavar=("SELF", "KNN", "RAND"),
-        help="instead of shifts: the shares of self, knn and rand pairs that show one class and so attract")
+    add("--same-class", type=share, nargs=3, metavar=("SELF", "KNN", "RAND"),
+        help="instead of shifts: the shares (0 to 1) of pairs that show one class and so attract")
     add("--center", action=switch, default=False, help="centre F spatially")
     add("--zero-clamp", action=switch, default=True, help="clamp S at zero")
     add("--stabilize", action=switch, default=False, help="clamp S at 0.8 from above, too")
