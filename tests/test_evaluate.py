@@ -76,6 +76,8 @@ def test_kmeans_is_the_best_of_its_restarts_and_a_function_of_directions_and_see
         return (codes @ evaluate.kmeans(codes, 9, restarts, seed).T).amax(1).mean().item()
     torch.testing.assert_close(evaluate.kmeans(codes, 9, 2, 3), evaluate.kmeans(codes * lengths, 9, 2, 3))
     assert objective(8) > max(objective(1), objective(2)) and objective(1) != objective(1, seed=4)
+    few = evaluate.kmeans(codes[:3].repeat(50, 1), 5)  # an empty cluster gets a code
+    torch.testing.assert_close((few @ codes[:3].T).amax(1), torch.ones(5))
 
 
 def test_the_rate_of_random_pairs_is_that_of_uneven_classes():

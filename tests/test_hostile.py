@@ -250,6 +250,11 @@ def test_other_files_are_no_checkpoints(content, tmp_path, monkeypatch):
     torch.save(content, "runs/c/checkpoint.pt")
     with pytest.raises(stego.InputError, match=r"checkpoint\.pt: "):
         stego.load_checkpoint("runs/c/checkpoint.pt")
+    model = small_model()
+    model.facet = "value"
+    stego.save_checkpoint("runs/c/other.pt", model, {})
+    with pytest.raises(stego.InputError, match=r"other\.pt: .*facet is 'token' or 'key', not 'value'"):
+        stego.load_checkpoint("runs/c/other.pt")
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "c"])
     with pytest.raises(stego.InputError, match="--resume c: no run to go on with"):
         train.parse_args()
