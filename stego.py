@@ -666,7 +666,10 @@ def load_checkpoint(path, device="cpu"):
             model = Stego(backbone, *state["cluster_probe.centroids"].shape[::-1],
                           len(state.get("linear_probe.weight", ())), saved["dropout"], saved["facet"])
             if "refit_probe.centroids" in state:
-                model.refit_probe = ClusterProbe(*state["refit_probe.centroids"].shape[::-1])
+                model.refit_probe = ClusterProbe(model.head.linear.out_channels,
+                                                 len(state["refit_probe.centroids"]))
         model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+        if not all(value.isfinite().all() for value in model.state_dict().values()):
+            raise ValueError("its weights are not finite")
         model.eval()(torch.zeros(1, 3, backbone.patch_size, backbone.patch_size))  # a wrong facet fails here
     return model.to(device), config

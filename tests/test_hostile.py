@@ -188,12 +188,14 @@ def test_no_opcode_calls_a_function_or_changes_a_class(pickled, tmp_path, monkey
 
 @pytest.mark.filterwarnings("ignore:Validating sparse")
 @pytest.mark.parametrize("name, value, reason", [
+    ("head.linear.bias", torch.full((7,), torch.nan), "weights are not finite"),
+    ("refit_probe.centroids", torch.ones(3, 9), "size mismatch for refit_probe"),  # codes have 7 numbers
     ("backbone.cls_token", torch.ones(1).expand(1, 1, 10 ** 9), "larger than the file"),  # all one number
     ("backbone.cls_token", torch.empty(1, 1, 10 ** 9, device="meta"), "not a state dict of tensors"),
     ("linear_probe.weight", torch.ones(10 ** 9, 0, 1, 1), "not a state dict of tensors"),
     ("head.linear.bias", torch.ones(7).to_sparse(), "not a state dict of tensors"),
     ("head.linear.bias", torch.ones(7, dtype=torch.cfloat), "not a state dict of tensors")])
-def test_no_file_holds_other_tensors_or_takes_much_more_memory_than_it_has(name, value, reason, tmp_path):
+def test_no_file_holds_unusable_tensors_or_takes_much_more_memory_than_it_has(name, value, reason, tmp_path):
     stego.save_checkpoint(tmp_path / "c.pt", small_model(), {})
     good = torch.load(tmp_path / "c.pt", weights_only=True)
     torch.save(good | {"model": good["model"] | {name: value}}, tmp_path / "c.pt")
