@@ -540,7 +540,8 @@ def meta_names(state):
             named.setdefault(f"{attn}qkv.bias", torch.cat(biases))
         if "pos_embed" not in named:
             named[f"{attn}qkv.bias"][D:2 * D] = 0  # DINOv3 masks the bias of the keys
-    if "reg_token" in state and "pos_embed" in named:  # timm added the class token's position to the token
+    # timm adds the class token's position to the token.
+    if any(key.endswith("reg_token") for key in state) and "pos_embed" in named:
         named["pos_embed"] = nnf.pad(named["pos_embed"], (0, 0, 1, 0))
     return named
 
@@ -550,13 +551,15 @@ def vit_from_state_dict(state, num_heads=None):
     """A VisionTransformer that holds `state`, its architecture read off the names and shapes.
 
     state: name -> tensor of a DINO, DINOv2 or DINOv3 ViT, named as by Meta, timm or transformers. num_heads
-    defaults to D // 64, as in every published model. Raises an InputError that says what does not fit.
+    defaults to D // 64, or D // 128 where D is 4096, as in every published model. Raises an InputError that
+    says what does not fit.
     """
     state = meta_names(state)
     if "patch_embed.proj.weight" not in state:
         raise ValueError(f"it holds no patch_embed.proj.weight, but {', '.join(state):.150} ...")
     D, _, p, _ = state["patch_embed.proj.weight"].shape
-    heads, scaled = num_heads or max(1, D // 64), "blocks.0.ls1.gamma" in state
+    heads = num_heads or max(1, D // (128 if D == 4096 else 64))  # DINOv3's 7B has larger heads
+    scaled = "blocks.0.ls1.gamma" in state
     rotary, swiglu = scaled and "pos_embed" not in state, "blocks.0.mlp.w1.weight" in state
     if rotary:
         state.setdefault("rope_embed.periods", rotary_periods(D // heads))
@@ -639,10 +642,12 @@ def from_authors(saved):
     nodes = saved["hyper_parameters"]["cfg"].state["_content"]  # omegaconf's, each with its value
     settings = {key: node.state.get("_val") for key, node in nodes.items()}
     config = {ours: settings[theirs] for ours, theirs in AUTHORS_SETTINGS.items() if theirs in settings}
+    backbone = f"dino_vit{settings['model_type'].removeprefix('vit_')[0]}{settings['dino_patch_size']}"
     config.update(
         data_root=None,  # theirs is a folder on the machine that trained it
-        backbone=f"dino_vit{settings['model_type'].removeprefix('vit_')[0]}{settings['dino_patch_size']}",
-        crop=config.get("crop") or "none", num_classes=len(state["linear_probe.weight"]),
+        backbone={"dino_vits8": "dino_vits8_300ep"}.get(backbone, backbone),  # their modules.py has no other
+        crop="five" if config.get("crop") == "five" else "none",  # they also have random crops
+        num_classes=len(state["linear_probe.weight"]),
         num_clusters=len(state["cluster_probe.centroids"]),
         eval_resolution=320,  # as in the authors' code, configs/eval_config.yml
         facet={"feat": "token", "KK": "key"}[settings["dino_feat_type"]])

@@ -24,7 +24,7 @@ import stego
 import train
 
 AUTHORS = {  # of the authors' configs/train_config.yml
-    "dataset_name": "cocostuff27", "crop_type": None, "model_type": "vit_small", "dino_patch_size": 8,
+    "dataset_name": "cocostuff27", "crop_type": "random", "model_type": "vit_small", "dino_patch_size": 8,
     "dino_feat_type": "feat", "dim": 7, "pos_intra_weight": 0.1, "pos_inter_weight": 1,
     "neg_inter_weight": 0.15, "pos_intra_shift": 0.12, "pos_inter_shift": 0.2, "neg_inter_shift": 1,
     "hydra": {"run": {"dir": "."}}, "tags": ["a"]}
@@ -109,9 +109,9 @@ def test_the_authors_checkpoint_gives_its_codes_and_predictions(feat_type, facet
     torch.testing.assert_close(model.linear_probe(codes), conv(codes, "linear_probe"), rtol=0, atol=1e-5)
     assert model.refit_probe is None and not model.training
     assert config == {
-        "dataset": "cocostuff27", "backbone": "dino_vits8", "crop": "none", "facet": facet, "code_dim": 7,
-        "num_classes": 5, "num_clusters": 8, "data_root": None, "eval_resolution": 320, "lambda_self": 0.1,
-        "lambda_knn": 1, "lambda_rand": 0.15, "b_self": 0.12, "b_knn": 0.2, "b_rand": 1}
+        "dataset": "cocostuff27", "backbone": "dino_vits8_300ep", "crop": "none", "facet": facet,
+        "code_dim": 7, "num_classes": 5, "num_clusters": 8, "data_root": None, "eval_resolution": 320,
+        "lambda_self": 0.1, "lambda_knn": 1, "lambda_rand": 0.15, "b_self": 0.12, "b_knn": 0.2, "b_rand": 1}
 
 
 class Call:

@@ -119,7 +119,9 @@ def timm_names(vit):
 @pytest.mark.parametrize("family, names", [
     ("dino", transformers_names), ("dinov2_reg", transformers_names),
     ("dinov2_reg", lambda vit: transformers_names(vit, "module.backbone.")),
-    ("dinov2", timm_names), ("dinov2_reg", timm_names), ("dinov3", timm_names), ("dinov3_plus", timm_names)])
+    ("dinov2", timm_names), ("dinov2_reg", timm_names),
+    ("dinov2_reg", lambda vit: renamed(timm_names(vit), (), "model.")), ("dinov3", timm_names),
+    ("dinov3_plus", timm_names)])
 def test_names_and_shapes_give_the_model(family, names):
     vit = random_vit(family)
     read = stego.vit_from_state_dict(names(vit))
@@ -130,6 +132,13 @@ def test_names_and_shapes_give_the_model(family, names):
 def test_plain_mlps_of_dinov3_have_other_names_in_transformers():
     state = {"model.layer.0.mlp.up_proj.bias": torch.ones(1), "layer.1.mlp.down_proj.bias": torch.ones(1)}
     assert [*stego.meta_names(state)] == ["blocks.0.mlp.fc1.bias", "blocks.1.mlp.fc2.bias"]
+
+
+def test_the_largest_dinov3_has_heads_of_128():
+    with torch.device("meta"):
+        state = random_vit("dinov3_plus", embed_dim=4096, depth=1).state_dict()
+    del state["rope_embed.periods"]
+    assert stego.vit_from_state_dict(state).num_heads == 32
 
 
 def test_biases_that_are_not_there_are_zero():
