@@ -420,6 +420,9 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
     if world > 1:
         dist.barrier()
     with contextlib.suppress(OSError):  # it has its name already, or another process was faster
+        if not np.load(f"{folder}.partial/done.npy").all():
+            raise InputError(f"{folder}.partial lacks the features of other processes: --cache-dir must be a "
+                             "folder that the machines share")
         os.rename(f"{folder}.partial", folder)
     found = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in arrays}
     if not live:

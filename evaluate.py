@@ -894,6 +894,8 @@ def main():
     out = Path(args.out or folder / f"eval-{collection.split}")
     if args.correspondences:
         view_size, crop = data.round_to_patch(config["resolution"], patch), config["crop"]
+        if len(collection) * data.VIEWS[crop] < 2:
+            raise InputError("--correspondences: one image has no other to compare with")
         features = data.extract_features(model, collection, view_size, crop, args.cache_dir, args.cache_gb,
                                          args.workers)
         neighbors = data.nearest_neighbors(features.vectors.to(device), config["neighbors"])

@@ -325,3 +325,11 @@ def test_nearest_neighbors_equal_brute_force_across_blocks(n):
     assert torch.equal(found[some], similarity.argsort(1, descending=True)[:, :3])
     few = data.nearest_neighbors(vectors[:4], 7)  # which have three others
     assert torch.equal(few.sort(1).values, torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]))
+
+
+def test_processes_that_do_not_share_their_cache_are_refused(folder, backbone, monkeypatch):
+    monkeypatch.setattr(data.dist, "barrier", lambda: None)
+    train = data.directory(folder, "train", 4)
+    with pytest.raises(stego.InputError, match="--cache-dir must be a folder that the machines share"):
+        extract(backbone, train, rank=1, world=2)
+    assert extract(backbone, train).maps.flatten(1).any(1).all()

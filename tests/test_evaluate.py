@@ -447,6 +447,8 @@ def test_correspondences_are_drawn(evaluate_here, capsys):
     assert heatmaps.width == 6 * (233 + 6) - 6 + 40 and curves.width == 3 * 326 - 6 + 40
     assert np.asarray(heatmaps)[60:280, 30:240].std() > 20
     assert capsys.readouterr().out.count("average precision") == 3
+    with pytest.raises(stego.InputError, match="one image has no other"):
+        evaluate_here("runs/t", "--correspondences", "--data-root", "images/imgs/val/0.png")
 
 
 def test_images_of_other_classes_leave_the_linear_probe_out(evaluate_here, folder):
