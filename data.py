@@ -169,14 +169,14 @@ def class_palette(n):
 # ---- Data sets ----
 
 def files_below(folder):
-    """Sorted paths of all files below a folder. Links are followed, and each folder is entered once."""
+    """Sorted paths of all files below a folder but hidden ones. Links are followed, each folder once."""
     files, entered = [], set()
     for top, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(top) in entered:
             folders.clear()
         else:
             entered.add(os.path.realpath(top))
-            files += [Path(top, name) for name in names]
+            files += [Path(top, name) for name in names if name[0] != "."]  # macOS puts ._a.jpg beside a.jpg
     return sorted(files)
 
 
@@ -195,7 +195,7 @@ def directory(root, split, n_classes=None, default_classes=0):
     folder = root / "imgs" / (split or "") if (root / "imgs").is_dir() else root
     files = [root] if root.is_file() else files_below(folder)
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
-    others = [path.name for path in files if path.suffix.lower() not in SUFFIXES and path.name[0] != "."]
+    others = [path.name for path in files if path.suffix.lower() not in SUFFIXES]
     if not images:
         raise InputError(f"{folder}: no images ({' '.join(sorted(SUFFIXES))})")
     if others and not again:  # said once of a folder

@@ -108,7 +108,7 @@ def test_which_images_are_read_where_there_is_no_imgs_no_val_or_no_split(folder,
         return [path.name for path in found.images], found.split, found.has_labels
     for name in ("deep/er/one.jpg", "two.PNG"):
         save_image(tmp_path / "photos" / name)
-    for name in ("notes.txt", ".hidden"):
+    for name in ("notes.txt", ".hidden", "._two.PNG"):
         (tmp_path / "photos" / name).write_text("no image")
     (tmp_path / "photos/deep/loop").symlink_to(tmp_path / "photos")
     for split, read in (("train", "train"), ("val", "train"), (None, None)):
