@@ -676,5 +676,7 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
         if not all(value.isfinite().all() for value in model.state_dict().values()):
             raise ValueError("its weights are not finite")
+        if max(len(value) for key, value in state.items() if key.endswith(".centroids")) > VOID:
+            raise ValueError(f"it has more than {VOID} clusters")
         model.eval()(torch.zeros(1, 3, backbone.patch_size, backbone.patch_size))  # a wrong facet fails here
     return model.to(device), config

@@ -189,6 +189,7 @@ def test_no_opcode_calls_a_function_or_changes_a_class(pickled, tmp_path, monkey
 @pytest.mark.filterwarnings("ignore:Validating sparse")
 @pytest.mark.parametrize("name, value, reason", [
     ("head.linear.bias", torch.full((7,), torch.nan), "weights are not finite"),
+    ("cluster_probe.centroids", torch.ones(256, 7), "more than 255 clusters"),
     ("refit_probe.centroids", torch.ones(3, 9), "size mismatch for refit_probe"),  # codes have 7 numbers
     ("backbone.cls_token", torch.ones(1).expand(1, 1, 10 ** 9), "larger than the file"),  # all one number
     ("backbone.cls_token", torch.empty(1, 1, 10 ** 9, device="meta"), "not a state dict of tensors"),
