@@ -311,3 +311,17 @@ def test_a_finished_run_keeps_its_clusters_if_going_on_is_interrupted_at_once(wo
     with pytest.raises(KeyboardInterrupt):
         train_here(monkeypatch, "--resume", "t", "--steps", "24")
     assert Path("runs/t/checkpoint.pt").read_bytes() == finished
+
+
+def test_names_of_old_clusters_are_never_beside_a_checkpoint_with_new_ones(workplace, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    train_here(monkeypatch, *IMAGES, "--name", "t")
+    typed = Path("runs/t/clusters.json").read_text().replace("class", "thing")
+    Path("runs/t/clusters.json").write_text(typed)
+    monkeypatch.setattr(train.evaluate, "merge_near", interrupted)  # right after the last step
+    with pytest.raises(KeyboardInterrupt):
+        train_here(monkeypatch, "--resume", "t", "--steps", "14")
+    assert torch.load("runs/t/checkpoint.pt", weights_only=True)["training"]["step"] == 14
+    assert not Path("runs/t/clusters.json").exists()
+    assert Path("runs/t/clusters-12.json").read_text() == typed
