@@ -193,6 +193,7 @@ def main():
             model.load_state_dict(state)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": training["optimizer"]["state"]})
         first_step, rows = training["step"], training["rows"]
+        args.steps = max(args.steps, first_step)  # what was trained stays so
         for left in folder.glob("*.tmp") if rank == 0 else ():  # by a process killed while writing
             left.unlink()
         print(f"resumed at step {first_step}")
@@ -335,7 +336,7 @@ def main():
         if train.has_labels:
             counts = evaluate.confusion_matrix(clusters, labels, n_clusters, train.n_classes)
             args.commonest = counts.argmax(1).tolist()
-    save(max(first_step, args.steps))
+    save(args.steps)
 
     # ---- evaluation ----
     probes = {evaluate.RAW: raw, **evaluate.model_probes(model)}

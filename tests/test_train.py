@@ -99,8 +99,8 @@ def test_runs_are_deterministic_share_features_and_are_prolonged(workplace, monk
     assert [collection.split for collection in checked] == ["val"]  # as its files may be others by now
     assert same_weights("a", "long")
     assert log_of("a") == log_of("long") and [row["step"] for row in log_of("a")] == [10, 20]
-    train_here(monkeypatch, "--resume", "runs/a/")  # of a finished run all after training is done again
-    assert same_weights("a", "long")
+    train_here(monkeypatch, "--resume", "runs/a/", "--steps", "12")  # all after training is done again
+    assert same_weights("a", "long") and scores_of("a")["config"]["steps"] == 24
 
 
 def test_without_labels_everything_but_scores_is_there(workplace, monkeypatch, capsys):
