@@ -414,9 +414,12 @@ def report(folder, confusions, samples, collection, legend, config, warnings=(),
                    for row, counts in confusions.items()}
     classes = [*zip(collection.names, collection.palette.tolist())] if labelled else legend
     extra = data.class_palette(300).tolist()[len(classes):]  # for clusters left over
-    legends = {row: [classes[c] if c >= 0 else (f"cluster {k}", extra[k % len(extra)])
-                     for k, c in enumerate(assignment)] for row, assignment in assignments.items()}
-    results = {}
+    legends, results = {}, {}
+    for row, assignment in assignments.items():
+        # A cluster matched to a class that it never met, as one without labels, is not called by its name.
+        own = not labelled or row.startswith(LINEAR)
+        legends[row] = [classes[c] if c >= 0 and (own or confusions[row][k][c] > 0) else
+                        (f"cluster {k}", extra[k % len(extra)]) for k, c in enumerate(assignment)]
     if labelled:
         n_pixels = samples[0][0][..., 0].size * sum(label is not None for label in collection.labels)
         if confusions[best].sum() < n_pixels:  # often by mistake, as when ids begin at 1

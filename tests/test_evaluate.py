@@ -218,6 +218,7 @@ def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(tmp_path, cap
     assert summary["results"]["as named"]["assignment"] == [1, 1, -1, 0, 0]
     assert found_legend[3] == ("a", palette[0].tolist())
     assert len({(name, *colour) for name, colour in found_legend}) == 5
+    assert "c" not in dict(found_legend)  # which never occurs, though a cluster was matched to it
     pixels = np.asarray(data.read_image(tmp_path / "panel.png"))
     assert (pixels[60:330, 320:580] == palette[0]).all()  # the label, all of class 0
     out = capsys.readouterr().out
