@@ -405,8 +405,8 @@ def report(folder, confusions, samples, collection, legend, config, warnings=(),
     """Prints the table; writes scores.json, panel.png and, with labels, confusion.png into `folder`.
 
     legend: (name, colour) of each predicted cluster. config: of the run; stored, as are warnings and more.
-    With labels, clusters are also read as the class that each showed most in training, if the classes are the
-    same, and by their own names, where those are names of classes. Returns the legend by the matching.
+    With labels, clusters are also read as the class that each showed most in training, config["commonest"]
+    if there, and by their own names, where those are names of classes. Returns the legend by the matching.
     """
     folder.mkdir(parents=True, exist_ok=True)
     labelled, best = collection.has_labels, prediction_row(confusions)
@@ -414,9 +414,12 @@ def report(folder, confusions, samples, collection, legend, config, warnings=(),
                    for row, counts in confusions.items()}
     classes = [*zip(collection.names, collection.palette.tolist())] if labelled else legend
     extra = data.class_palette(300).tolist()[len(classes):]  # for clusters left over
-    legends = {row: [classes[c] if c >= 0 else (f"cluster {k}", extra[k % len(extra)])
-                     for k, c in enumerate(assignment)] for row, assignment in assignments.items()}
-    results = {}
+    legends, results = {}, {}
+    for row, assignment in assignments.items():
+        # A cluster matched to a class that it never met, as one without labels, is not called by its name.
+        own = not labelled or row.startswith(LINEAR)
+        legends[row] = [classes[c] if c >= 0 and (own or confusions[row][k][c] > 0) else
+                        (f"cluster {k}", extra[k % len(extra)]) for k, c in enumerate(assignment)]
     if labelled:
         n_pixels = samples[0][0][..., 0].size * sum(label is not None for label in collection.labels)
         if confusions[best].sum() < n_pixels:  # often by mistake, as when ids begin at 1
@@ -425,7 +428,7 @@ def report(folder, confusions, samples, collection, legend, config, warnings=(),
         legends["label"], names = classes, collection.names
         named = [names.index(name) if name in names else -1 for name, _ in legend]
         readings = [(row, confusions[row], assignment.tolist()) for row, assignment in assignments.items()]
-        if config.get("commonest") and config["num_classes"] == collection.n_classes:
+        if config.get("commonest"):
             readings.append((BY_TRAINING, confusions[best], config["commonest"]))
         if max(named) >= 0 and named != assignments[best].tolist():
             readings.append((BY_NAME, confusions[best], named))
@@ -445,7 +448,9 @@ def report(folder, confusions, samples, collection, legend, config, warnings=(),
     shown = [row for row in ("label", RAW, best, best + CRF, LINEAR) if row in legends]
     pictures = [[Image.fromarray(image), *(paint(ids[row], legends[row]) for row in shown)]
                 for image, ids in samples]
-    draw_panel(folder / "panel.png", ["image", *shown], pictures, dict([*classes, *legends[best]]))
+    # The CRF has a matching of its own, which may leave over other clusters.
+    colours = dict([*classes, *legends[best], *legends.get(best + CRF, ())])
+    draw_panel(folder / "panel.png", ["image", *shown], pictures, colours)
     summary = {"data": str(collection.folder), "split": collection.split, "images": len(collection),
                "classes": collection.names, "prediction": best, "warnings": [*warnings],
                "results": results, "config": config}
@@ -868,27 +873,33 @@ def parse_args():
 
 def main():
     args = parse_args()
+    runs = [Path("runs", run) if Path("runs", run).exists() else Path(run)  # by name or path
+            for run in args.compare or [args.run]]
     if args.compare:
-        compare(args.compare)
+        compare(runs)
         return
-    path = Path("runs", args.run) if Path("runs", args.run).exists() else Path(args.run)
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = runs[0] / "checkpoint.pt" if runs[0].is_dir() else runs[0]
     device, rank, world = join_processes(args.device)
     model, config = stego.load_checkpoint(path, device)
     probes, patch = model_probes(model), model.backbone.patch_size
     with refusing(f"{path}: its settings are not those of a run"):
-        model.precision = choose_precision(args.precision or config.get("precision", "auto"), device)
-        size = data.round_to_patch(args.eval_resolution or config["eval_resolution"], patch)
+        config["precision"] = args.precision or config.get("precision", "auto")  # scores.json holds them
+        config["eval_resolution"] = args.eval_resolution or config["eval_resolution"]
+        model.precision = choose_precision(config["precision"], device)
+        size = data.round_to_patch(config["eval_resolution"], patch)
     probe = probes[prediction_row(probes)]
     legend = read_legend(path.with_name("clusters.json"), len(probe.centroids))
     if args.predict:
         predict_folder(model, probe, args.predict, args.out, size, legend, args.crf)
         return
 
-    data_root = args.data_root or (None if args.dataset else config["data_root"])
+    data_root, dataset, n_classes = args.data_root, args.dataset or config["dataset"], args.num_classes
+    if not args.data_root and not args.dataset:  # the images of training
+        data_root = config["data_root"]
+        if LINEAR in probes:  # without labels, num_classes was only the number of clusters
+            n_classes = n_classes or config["num_classes"]
     split = args.split or ("train" if args.correspondences else "val")
-    collection = data.load_collection(args.dataset or config["dataset"], data_root, split, args.num_classes,
-                                      config["num_classes"])
+    collection = data.load_collection(dataset, data_root, split, n_classes, config["num_classes"])
     data.check_files([collection], args.workers, rank)
     folder = path.with_suffix("") if path.suffix == ".ckpt" else path.parent  # the authors' share one folder
     out = Path(args.out or folder / f"eval-{collection.split}")
@@ -907,9 +918,10 @@ def main():
         print(f"pictures are in {out}")
         return
 
-    if LINEAR in probes and probes[LINEAR].out_channels != collection.n_classes:
-        print("the linear probe is left out: it was taught other classes than these images have")
-        del probes[LINEAR]
+    if collection.n_classes != config["num_classes"] or dataset not in (config["dataset"], "directory"):
+        config["commonest"] = None  # as these are classes of training
+        if probes.pop(LINEAR, None):
+            print("the linear probe is left out: it was taught other classes than these images have")
     print(f"{len(collection)} images of {collection.folder}, split {collection.split}, at {size} pixels")
     confusions, samples = evaluate(model, collection, size, probes, args.crf, args.workers, rank, world)
     if rank == 0:

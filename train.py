@@ -183,7 +183,8 @@ def main():
     # ---- the run's folder ----
     free = next(i for i in itertools.count(1) if not Path("runs", f"{args.dataset}-{i}").exists())
     folder = Path("runs", args.resume or args.name or f"{args.dataset}-{free}")
-    checkpoint, first_step, rows, old_centroids = folder / "checkpoint.pt", 0, [], torch.empty(0)
+    checkpoint, named = folder / "checkpoint.pt", folder / "clusters.json"  # which someone may have edited
+    first_step, rows, old_centroids = 0, [], torch.empty(0)
     if args.resume:
         saved = stego.read_tensors(checkpoint)
         state, training = saved["model"], saved["training"]
@@ -192,6 +193,7 @@ def main():
             model.load_state_dict(state)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": training["optimizer"]["state"]})
         first_step, rows = training["step"], training["rows"]
+        args.steps = max(args.steps, first_step)  # what was trained stays so
         for left in folder.glob("*.tmp") if rank == 0 else ():  # by a process killed while writing
             left.unlink()
         print(f"resumed at step {first_step}")
@@ -205,6 +207,11 @@ def main():
                              "checkpoint is kept)")
         if rank == 0:  # the only one that writes into the folder
             folder.mkdir(parents=True, exist_ok=True)
+            found = model.refit_probe.centroids.cpu() if model.refit_probe else torch.empty(0)
+            if named.is_file() and not torch.equal(old_centroids, found):  # before the clusters are others
+                aside = folder / f"clusters-{first_step}.json"  # a name of its own each time the run goes on
+                os.replace(named, aside)
+                print(f"the clusters are new; the names of those before are in {aside}")
             state = optimizer.state_dict()
             stego.save_checkpoint(checkpoint, model, vars(args), step=step, rows=rows, optimizer=state)
             data.write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -329,18 +336,13 @@ def main():
         if train.has_labels:
             counts = evaluate.confusion_matrix(clusters, labels, n_clusters, train.n_classes)
             args.commonest = counts.argmax(1).tolist()
-    save(max(first_step, args.steps))
+    save(args.steps)
 
     # ---- evaluation ----
     probes = {evaluate.RAW: raw, **evaluate.model_probes(model)}
     confusions, samples = evaluate.evaluate(model, val, eval_size, probes, args.crf, args.workers, rank,
                                             world)
     if rank == 0:
-        named = folder / "clusters.json"  # as someone may have edited it
-        if named.is_file() and not torch.equal(old_centroids, centroids[1]):
-            aside = folder / f"clusters-{first_step}.json"  # a name of its own each time the run goes on
-            os.replace(named, aside)
-            print(f"the clusters are new; the names of those before are in {aside}")
         legend, edited = evaluate.read_legend(named, n_clusters), named.is_file()
         found = evaluate.report(
             folder, confusions, samples, val, legend, vars(args), warnings, health=health, shifts=shifts,

@@ -218,12 +218,24 @@ def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(tmp_path, cap
     assert summary["results"]["as named"]["assignment"] == [1, 1, -1, 0, 0]
     assert found_legend[3] == ("a", palette[0].tolist())
     assert len({(name, *colour) for name, colour in found_legend}) == 5
+    assert "c" not in dict(found_legend)  # which never occurs, though a cluster was matched to it
     pixels = np.asarray(data.read_image(tmp_path / "panel.png"))
     assert (pixels[60:330, 320:580] == palette[0]).all()  # the label, all of class 0
     out = capsys.readouterr().out
     assert "0.5% of the labelled images' pixels show a class" in out  # 20 of 4 x 32 x 32
     line, = [line for line in out.splitlines() if line.endswith("<- the prediction")]
     assert line.split()[:5] == ["k-means", "on", "codes", "81.4", "85.0"]
+
+
+def test_the_panel_names_all_clusters_that_the_prediction_or_its_crf_leave_over(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "draw_panel", lambda path, titles, rows, legend: drawn.extend(legend))
+    ids = {row: np.zeros((8, 8), np.uint8) for row in ("label", REFIT, REFIT + CRF)}
+    counts = np.diag([5, 5, 5, 0])[:, :3] + [[0], [0], [0], [1]]
+    legend = list(zip("abcd", data.class_palette(4).tolist()))
+    evaluate.report(tmp_path, {REFIT: counts, REFIT + CRF: counts[[0, 1, 3, 2]]},
+                    [(np.zeros((8, 8, 3), np.uint8), ids)], Made(), legend, {})
+    assert drawn == [*Made().names, "cluster 3", "cluster 2"]
 
 
 def test_without_labels_clusters_keep_their_names_and_other_rows_are_painted_like_them(model, tmp_path):
@@ -415,15 +427,19 @@ def evaluate_here(trained, monkeypatch):
 
 
 def test_evaluation_from_the_command_line_gives_the_scores_of_training(evaluate_here, capsys):
+    Path("images/classes.txt").write_text("a\nb\nc\nd\n")  # one more than --num-classes in training
     evaluate_here("runs/t")
+    Path("images/classes.txt").unlink()
     ours, again = (json.loads(Path("runs/t", file).read_text())["results"]
                    for file in ("scores.json", "eval-val/scores.json"))
     del ours[RAW]  # its centroids are not in a checkpoint
     assert again == ours and {*again} == {REFIT, ONLINE, LINEAR, "by training labels"}
     evaluate_here("t/checkpoint.pt", "--split", "train", "--out", "there", "--eval-resolution", "19")
-    assert json.loads(Path("there/scores.json").read_text())["images"] == 12
-    evaluate_here("--compare", "runs/t", "runs/t")
-    assert "split train, at 16 pixels" in capsys.readouterr().out
+    there = json.loads(Path("there/scores.json").read_text())
+    assert there["images"] == 12 and there["config"]["eval_resolution"] == 19
+    evaluate_here("--compare", "runs/t", "t", "there")  # which differs by its split and resolution
+    out = capsys.readouterr().out
+    assert "split train, at 16 pixels" in out and "\n1 runs: runs/t\n" in out
     for typed in (["nowhere"], [], ["runs/t", "--predict", "."]):  # no run, no run, no --out
         with pytest.raises((stego.InputError, SystemExit)):
             evaluate_here(*typed)
@@ -451,10 +467,13 @@ def test_correspondences_are_drawn(evaluate_here, capsys):
         evaluate_here("runs/t", "--correspondences", "--data-root", "images/imgs/val/0.png")
 
 
-def test_images_of_other_classes_leave_the_linear_probe_out(evaluate_here, folder):
+def test_images_of_other_classes_leave_the_linear_probe_out(evaluate_here, folder, monkeypatch):
     save_label(folder / "labels/val/v.png", np.zeros((30, 40), np.uint8))
     (folder / "classes.txt").write_text("sky\nsea\n")
     evaluate_here("runs/t", "--data-root", str(folder), "--out", str(folder / "out"))
     summary = json.loads((folder / "out/scores.json").read_text())
     assert summary["classes"] == ["sky", "sea"] and {*summary["results"]} == {REFIT, ONLINE}
     assert summary["data"] == f"{folder}/imgs/val" and summary["images"] == 1
+    monkeypatch.setattr(data, "load_collection", lambda *_: data.directory("images", "val", 3))
+    evaluate_here("runs/t", "--dataset", "potsdam", "--out", str(folder / "out"))  # 3 classes, but others
+    assert {*json.loads((folder / "out/scores.json").read_text())["results"]} == {REFIT, ONLINE}

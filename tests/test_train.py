@@ -99,8 +99,8 @@ def test_runs_are_deterministic_share_features_and_are_prolonged(workplace, monk
     assert [collection.split for collection in checked] == ["val"]  # as its files may be others by now
     assert same_weights("a", "long")
     assert log_of("a") == log_of("long") and [row["step"] for row in log_of("a")] == [10, 20]
-    train_here(monkeypatch, "--resume", "runs/a/")  # of a finished run all after training is done again
-    assert same_weights("a", "long")
+    train_here(monkeypatch, "--resume", "runs/a/", "--steps", "12")  # all after training is done again
+    assert same_weights("a", "long") and scores_of("a")["config"]["steps"] == 24
 
 
 def test_without_labels_everything_but_scores_is_there(workplace, monkeypatch, capsys):
@@ -311,3 +311,17 @@ def test_a_finished_run_keeps_its_clusters_if_going_on_is_interrupted_at_once(wo
     with pytest.raises(KeyboardInterrupt):
         train_here(monkeypatch, "--resume", "t", "--steps", "24")
     assert Path("runs/t/checkpoint.pt").read_bytes() == finished
+
+
+def test_names_of_old_clusters_are_never_beside_a_checkpoint_with_new_ones(workplace, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    train_here(monkeypatch, *IMAGES, "--name", "t")
+    typed = Path("runs/t/clusters.json").read_text().replace("class", "thing")
+    Path("runs/t/clusters.json").write_text(typed)
+    monkeypatch.setattr(train.evaluate, "merge_near", interrupted)  # right after the last step
+    with pytest.raises(KeyboardInterrupt):
+        train_here(monkeypatch, "--resume", "t", "--steps", "14")
+    assert torch.load("runs/t/checkpoint.pt", weights_only=True)["training"]["step"] == 14
+    assert not Path("runs/t/clusters.json").exists()
+    assert Path("runs/t/clusters-12.json").read_text() == typed
