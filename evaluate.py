@@ -197,8 +197,7 @@ def merge_near(centroids, threshold=0.9):
 # ---- Correspondences: what the loss sees, and how well it tells classes apart ----
 
 @torch.no_grad()
-def correspondences(features, neighbors, head, device, center=False, dropout=0.0, n_batches=10, batch_size=16,
-                    n_points=11, seed=0):
+def correspondences(features, neighbors, head, device, center=False, dropout=0.0, seed=0):
     """F, S and equality of class for pairs of points like those that the three terms of the loss compare.
 
     features, neighbors: of the training views. dropout: of the feature channels that F is computed from, as
@@ -208,12 +207,12 @@ def correspondences(features, neighbors, head, device, center=False, dropout=0.0
     generator, found = torch.Generator().manual_seed(seed), {"self": [], "knn": [], "rand": []}
     torch.manual_seed(seed)  # for the dropout
     n, k = neighbors.shape
-    for _ in range(n_batches):
-        images = torch.randint(n, (min(batch_size, n),), generator=generator)
+    for _ in range(10):  # batches of 16
+        images = torch.randint(n, (min(16, n),), generator=generator)
         images_knn = neighbors[images, torch.randint(k, images.shape, generator=generator)]
         images_rand = (images + torch.randint(1, n, images.shape, generator=generator)) % n
         for term, indices in zip(found, (images, images_knn, images_rand)):
-            points = 2 * torch.rand(len(images), n_points, n_points, 2, generator=generator) - 1
+            points = 2 * torch.rand(len(images), 11, 11, 2, generator=generator) - 1
             maps, at = features.maps[indices].to(device).float(), points.to(device)
             f_b, s_b = stego.sample(nnf.dropout2d(maps, dropout), at), stego.sample(head(maps), at)
             labels = features.labels[indices][:, None].float()  # (N, 1, H, W); -1 and 1 are their edges
