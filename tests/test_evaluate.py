@@ -361,7 +361,6 @@ def pretended(monkeypatch):
     """Makes CUDA and MPS seem to be there, with a gradient that is wrong by a function of the device."""
     def pretend(error):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
         monkeypatch.setattr(evaluate, "gradient_of_sample",
                             lambda device: torch.ones(3) + error(torch.device(device).type))
@@ -383,10 +382,19 @@ def test_a_device_that_computes_wrong_gradients_or_none_is_not_used(pretended, c
             evaluate.choose_device(name)
 
 
-def test_the_device_is_the_first_that_works_and_a_gpu_has_its_number(pretended):
+def test_the_device_is_the_first_that_works_and_processes_have_a_gpu_each(pretended, monkeypatch):
     pretended(lambda kind: 0)
-    assert evaluate.choose_device("auto") == evaluate.choose_device("cuda") == torch.device("cuda", 3)
-    assert evaluate.choose_device("auto", local_rank=1) == torch.device("cuda", 1)
+    assert evaluate.choose_device("auto") == evaluate.choose_device("cuda") == torch.device("cuda")
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    begun = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", begun.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **_: begun.append("group"))
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which all but the first process close
+    for name in ("auto", "cuda"):
+        assert evaluate.join_processes(name) == (torch.device("cuda", 1), 3, 4)
+    assert begun == [torch.device("cuda", 1), "group"] * 2
     pretended(lambda kind: kind == "cuda")
     assert evaluate.choose_device("auto") == torch.device("mps")
 
