@@ -811,7 +811,7 @@ def join_processes(name):
     device = choose_device(f"cuda:{local}" if gpus and name != "cpu" else name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # The first process may work alone for long, on neighbours or pictures, while the others wait.
+    # A process may work alone for long, on its features or on pictures, while the others wait.
     dist.init_process_group(timeout=datetime.timedelta(days=1))
     if rank > 0:  # the first speaks for all
         sys.stdout = open(os.devnull, "w")

@@ -232,10 +232,7 @@ def main():
         torch.cuda.empty_cache()
         if features.maps.nbytes < torch.cuda.mem_get_info(device)[0] / 2:  # no step waits for disk or bus
             features = features._replace(maps=features.maps.to(device))
-    neighbors = [data.nearest_neighbors(features.vectors.to(device), args.neighbors) if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(neighbors)
-    neighbors = neighbors[0]
+    neighbors = data.nearest_neighbors(features.vectors.to(device), args.neighbors)
 
     # ---- shifts: the feature correspondence above which a pair attracts ----
     sample_pairs = functools.partial(evaluate.correspondences, features, neighbors, model.head, device,
@@ -310,15 +307,13 @@ def main():
     model.eval()
 
     # ---- clusters from the finished codes, and from the raw features for comparison ----
-    centroids = [None, None]
-    if rank == 0:
-        points = evaluate.sample_positions(features, seed=args.seed).to(device)  # (n, D)
-        with torch.no_grad():
-            codes = model.head(points[:, :, None, None]).flatten(1)  # (n, K), as the head is 1x1
-        centroids = [evaluate.kmeans(vectors, args.num_clusters, seed=args.seed).cpu()
-                     for vectors in (points, codes)]
-        centroids[1] = evaluate.merge_near(centroids[1])
-    if world > 1:
+    points = evaluate.sample_positions(features, seed=args.seed).to(device)  # (n, D)
+    with torch.no_grad():
+        codes = model.head(points[:, :, None, None]).flatten(1)  # (n, K), as the head is 1x1
+    centroids = [evaluate.kmeans(vectors, args.num_clusters, seed=args.seed).cpu()
+                 for vectors in (points, codes)]
+    centroids[1] = evaluate.merge_near(centroids[1])
+    if world > 1:  # where GPUs differ, k-means may
         dist.broadcast_object_list(centroids)
     raw, model.refit_probe = (stego.ClusterProbe(*found.shape[::-1]) for found in centroids)
     for probe, found in zip((raw, model.refit_probe), centroids):
