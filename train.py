@@ -330,7 +330,7 @@ def main():
             print(f"{n_clusters} of {args.num_clusters} clusters are left, as the others nearly coincided")
         if train.has_labels:
             counts = evaluate.confusion_matrix(clusters, labels, n_clusters, train.n_classes)
-            args.commonest = counts.argmax(1).tolist()
+            args.commonest = counts.argmax(1).masked_fill(counts.sum(1) == 0, -1).tolist()
     save(args.steps)
 
     # ---- evaluation ----
