@@ -205,10 +205,8 @@ def sample(maps, points):
 
 
 def unit(maps):
-    """Scales maps (N, C, h, w) to length 1 along C; vectors shorter than 1e-10 are divided by 1e-10.
-
-    Written out because nnf.normalize along dimension 1 is several times slower on a CPU.
-    """
+    """Scales maps (N, C, h, w) to length 1 along C; vectors shorter than 1e-10 are divided by 1e-10."""
+    # Written out because nnf.normalize along dimension 1 is several times slower on a CPU.
     return maps / maps.square().sum(1, keepdim=True).clamp(min=1e-20).sqrt()
 
 
@@ -243,8 +241,8 @@ def correspondence_loss(features_a, features_b, codes_a, codes_b, shift,
         F = cos(f_a, f_b)    S = cos(s_a, s_b)    L = -max(S, 0) (F - shift)
 
     Points attract where F > shift and repel where F < shift. The clamp at 0 leaves two codes alone once they
-    are at right angles. center: F is centred, see feature_correspondence. zero_clamp=False: without the max.
-    stabilize: S is also clamped from above at 0.8. No gradient flows to the features.
+    are at right angles. center: F is centred, see feature_correspondence. zero_clamp=False: without the max;
+    without both it is Eq. 2. stabilize: S is also clamped from above at 0.8. The features get no gradient.
 
     *_a: (N, C, h, w), features and codes of the same points; *_b: (N, C, i, j), likewise. Returns (L, S),
     both (N, h, w, i, j).
@@ -268,18 +266,20 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
                center=True, zero_clamp=True, stabilize=False, n_points=11, n_negatives=5):
     """STEGO's objective for a batch (Eq. 5).
 
-        L = lambda_self L_corr(x, x) + lambda_knn L_corr(x, x^knn) + lambda_rand mean L_corr(x, x^rand)
+        L = lambda_self L_corr(x, x, b_self) + lambda_knn L_corr(x, x^knn, b_knn)
+            + lambda_rand mean L_corr(x, x^rand, b_rand)
 
     features (N, D, h, w), codes (N, K, h, w): of the images x; *_knn: of one nearest neighbour each. x^rand:
-    n_negatives other images of the batch for each. All terms share one set of n_points x n_points uniformly
-    random points of x, and the last two share a second one, of x^knn and x^rand. lambdas, shifts: (self, knn,
-    rand). Returns (L, {"self", "knn", "rand"}), scalars.
+    n_negatives other images of the batch for each. All terms share n_points x n_points uniformly random
+    points of x, and the last two a second set, of x^knn and x^rand. lambdas, shifts b: (self, knn, rand).
+    Returns (L, {"self", "knn", "rand"}), scalars.
     """
     N, device = len(features), features.device
     points_a, points_b = (2 * torch.rand(N, n_points, n_points, 2, device=device) - 1 for _ in range(2))
     f_a, s_a = sample(features, points_a), sample(codes, points_a)  # (N, D, p, p), (N, K, p, p)
 
     def term(f_b, s_b, shift):
+        # differs from the paper: a mean over random pairs, as in the authors' modules.py:355-393, not a sum.
         return correspondence_loss(f_a, f_b, s_a, s_b, shift, center, zero_clamp, stabilize)[0].mean()
 
     loss_self = term(f_a, s_a, shifts[0])
