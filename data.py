@@ -257,7 +257,7 @@ LAYOUTS = {
         tuple(c.color for c in CITYSCAPES)),
     "potsdam": Layout(  # ids 0 to 5: road, building, low vegetation, tree, car, clutter
         "imgs/{id}.mat", "gt/{id}.mat",
-        {"train": "labelled_train.txt", "val": "labelled_test.txt"},  # as the authors, data.py:129
+        {"train": "labelled_train.txt", "val": "labelled_test.txt"},  # as in the authors' data.py:129-132
         ("roads and cars", "buildings and clutter", "trees and vegetation"), (0, 1, 2, 2, 0, 1),
         "all is in the authors' potsdam.zip (src/download_datasets.py); reading it takes scipy"),
 }
@@ -344,8 +344,8 @@ def square_view(image, size):
 def views(image, size, crop="none"):
     """Square views of an image or a label, PIL: (v, size, size, 3) or (v, size, size) uint8.
 
-    crop: "none" for the centre; "five", as in the authors' crop_datasets.py, for the four corners and the
-    centre at half the height and width, each then resized and cropped by itself.
+    crop: "none" for the centre; "five", as in the authors' crop_datasets.py but without JPEG in between, for
+    the four corners and the centre at half the height and width, each then resized and cropped by itself.
     """
     parts = [image]
     if crop == "five":

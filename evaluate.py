@@ -317,6 +317,7 @@ def log_probabilities(probe, codes, size):
 
 def refine(prediction):
     """(image, ids), after the CRF has made ids of the probabilities, row -> (n, H, W)."""
+    # differs from the authors' code, crf.py:23: rounding makes many of their image's values smaller by 1.
     image, ids, probabilities = prediction
     for row, values in probabilities.items():
         ids[row] = dense_crf(image, values).argmax(0).astype(np.uint8)
