@@ -244,8 +244,7 @@ def correspondence_loss(features_a, features_b, codes_a, codes_b, shift,
     are at right angles. center: F is centred, see feature_correspondence. zero_clamp=False: without the max;
     without both it is Eq. 2. stabilize: S is also clamped from above at 0.8. The features get no gradient.
 
-    *_a: (N, C, h, w), features and codes of the same points; *_b: (N, C, i, j), likewise. Returns (L, S),
-    both (N, h, w, i, j).
+    *_a: (N, C, h, w), both at the same points; *_b: (N, C, i, j), likewise. Returns (L, S), (N, h, w, i, j).
     """
     F = feature_correspondence(features_a, features_b, center)
     S = correlation(codes_a, codes_b)
