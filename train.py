@@ -211,7 +211,7 @@ def main():
             folder.mkdir(parents=True, exist_ok=True)
             found = model.refit_probe.centroids.cpu() if model.refit_probe else torch.empty(0)
             if named.is_file() and not torch.equal(old_centroids, found):  # before the clusters are others
-                aside = folder / f"clusters-{first_step}.json"  # a name of its own each time the run goes on
+                aside = folder / f"clusters-{first_step}-{time.time():.0f}.json"  # never the name of another
                 os.replace(named, aside)
                 print(f"the clusters are new; the names of those before are in {aside}")
             state = optimizer.state_dict()
