@@ -225,6 +225,8 @@ def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(tmp_path, cap
     assert "0.5% of the labelled images' pixels show a class" in out  # 20 of 4 x 32 x 32
     line, = [line for line in out.splitlines() if line.endswith("<- the prediction")]
     assert line.split()[:5] == ["k-means", "on", "codes", "81.4", "85.0"]
+    evaluate.report(tmp_path / "again", confusions, samples, Made(), found_legend, config)
+    assert "as named" not in json.loads((tmp_path / "again/scores.json").read_text())["results"]
 
 
 def test_the_panel_names_all_clusters_that_the_prediction_or_its_crf_leave_over(tmp_path, monkeypatch):
