@@ -481,7 +481,7 @@ def compare(folders):
             print(f"{folder}: left out, as it holds no scores")
             continue
         settings = {key: value for key, value in summary["config"].items() if key not in varying}
-        same = json.dumps([settings, summary["data"], summary["split"]], sort_keys=True)
+        same = json.dumps([settings, *map(summary.get, ("data", "split", "classes"))], sort_keys=True)
         groups.setdefault(same, {})[str(folder)] = summary["results"]
     for runs in groups.values():
         print(f"\n{len(runs)} runs: {', '.join(runs)}")
