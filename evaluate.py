@@ -130,8 +130,7 @@ def kmeans(codes, n_clusters, restarts=20, seed=0, iterations=100):
         for _ in range(n_clusters - 1):
             chance = distance.clamp(min=1e-12).cpu().cumsum(0)  # a GPU sums in another order each time
             draws = torch.rand(2 + int(math.log(n_clusters)), generator=generator) * chance[-1]
-            drawn = torch.searchsorted(chance, draws).clamp(max=len(codes) - 1)
-            candidates = codes[drawn.to(codes.device)]  # (draws, C)
+            candidates = codes[torch.searchsorted(chance, draws).to(codes.device)]  # (draws, C)
             distances = torch.minimum(distance[:, None], 1 - codes @ candidates.T)  # (N, draws)
             best_draw = distances.sum(0).argmin()
             centroids, distance = torch.cat([centroids, candidates[best_draw, None]]), distances[:, best_draw]
@@ -426,11 +425,12 @@ def report(folder, confusions, samples, collection, legend, config, warnings=(),
             print(f"{confusions[best].sum() / n_pixels:.1%} of the labelled images' pixels show a class; the "
                   f"others are void, that is, no id from 0 to {collection.n_classes - 1}")
         legends["label"], names = classes, collection.names
-        named = [names.index(name) if name in names else -1 for name, _ in legend]
+        named, matched = ([names.index(name) if name in names else -1 for name, _ in entries]
+                          for entries in (legend, legends[best]))
         readings = [(row, confusions[row], assignment.tolist()) for row, assignment in assignments.items()]
         if config.get("commonest"):
             readings.append((BY_TRAINING, confusions[best], config["commonest"]))
-        if max(named) >= 0 and named != assignments[best].tolist():
+        if max(named) >= 0 and named != matched:
             readings.append((BY_NAME, confusions[best], named))
         for row, confusion, assignment in readings:
             results[row] = {**scores(confusion, assignment), "assignment": assignment}
@@ -482,7 +482,7 @@ def compare(folders):
             print(f"{folder}: left out, as it holds no scores")
             continue
         settings = {key: value for key, value in summary["config"].items() if key not in varying}
-        same = json.dumps([settings, summary["data"], summary["split"]], sort_keys=True)
+        same = json.dumps([settings, *map(summary.get, ("data", "split", "classes"))], sort_keys=True)
         groups.setdefault(same, {})[str(folder)] = summary["results"]
     for runs in groups.values():
         print(f"\n{len(runs)} runs: {', '.join(runs)}")

@@ -191,6 +191,8 @@ def main():
         old_centroids = state.pop("refit_probe.centroids", old_centroids)
         with refusing("--resume: backbone, --code-dim, --num-clusters and classes must stay as they were"):
             model.load_state_dict(state)
+            if data.cache_key(model, train, size, args.crop) != key:  # its features would go by a wrong key
+                raise ValueError("the backbone has other weights")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": training["optimizer"]["state"]})
         first_step, rows = training["step"], training["rows"]
         args.steps = max(args.steps, first_step)  # what was trained stays so
@@ -209,7 +211,7 @@ def main():
             folder.mkdir(parents=True, exist_ok=True)
             found = model.refit_probe.centroids.cpu() if model.refit_probe else torch.empty(0)
             if named.is_file() and not torch.equal(old_centroids, found):  # before the clusters are others
-                aside = folder / f"clusters-{first_step}.json"  # a name of its own each time the run goes on
+                aside = folder / f"clusters-{first_step}-{time.time():.0f}.json"  # never the name of another
                 os.replace(named, aside)
                 print(f"the clusters are new; the names of those before are in {aside}")
             state = optimizer.state_dict()
@@ -262,9 +264,8 @@ def main():
         """x and x^knn (N, D, h, w) and the labels of x (N, H, W): this process's share of a batch."""
         if isinstance(features.maps, torch.Tensor):  # reading needs one thread; more would disturb the step
             torch.set_num_threads(1)  # for this thread alone
-        batch, batch_knn = draw_batch(step, neighbors, args.batch_size, args.seed)
-        batch, batch_knn = batch[rank::world], batch_knn[rank::world]
-        tensors = [features.maps[batch], features.maps[batch_knn], features.labels[batch]]
+        x, x_knn = (drawn[rank::world] for drawn in draw_batch(step, neighbors, args.batch_size, args.seed))
+        tensors = [features.maps[x], features.maps[x_knn], features.labels[x]]
         if device.type == "cuda":  # pinned memory is copied to the GPU while it computes
             tensors = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
         return tensors
@@ -347,9 +348,8 @@ def main():
                                         args.crop)
         evaluate.write_legend(named, legend, shares)
         if rows:  # of ten steps or more
-            steps = [row["step"] for row in rows]
-            plots = {term: {"loss": (steps, [row[term] for row in rows])}
-                     for term in rows[0] if term != "step"}
+            steps, *columns = zip(*(row.values() for row in rows))
+            plots = {term: {"loss": (steps, column)} for term, column in zip([*rows[0]][1:], columns)}
             evaluate.draw_curves(folder / "losses.png", plots, "step")
         seconds = time.perf_counter() - started
         print(f"scores, pictures and checkpoint.pt are in {folder}, after {seconds:.0f} seconds")

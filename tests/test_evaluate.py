@@ -225,6 +225,8 @@ def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(tmp_path, cap
     assert "0.5% of the labelled images' pixels show a class" in out  # 20 of 4 x 32 x 32
     line, = [line for line in out.splitlines() if line.endswith("<- the prediction")]
     assert line.split()[:5] == ["k-means", "on", "codes", "81.4", "85.0"]
+    evaluate.report(tmp_path / "again", confusions, samples, Made(), found_legend, config)
+    assert "as named" not in json.loads((tmp_path / "again/scores.json").read_text())["results"]
 
 
 def test_the_panel_names_all_clusters_that_the_prediction_or_its_crf_leave_over(tmp_path, monkeypatch):
@@ -253,16 +255,18 @@ def test_without_labels_clusters_keep_their_names_and_other_rows_are_painted_lik
 
 
 def test_compare_groups_runs_by_their_settings(tmp_path, capsys):
-    for name, seed, steps, miou in (("a", 0, 9, 10), ("b", 1, 9, 14), ("c", 0, 8, 50)):
+    for name, seed, steps, miou in (("a", 0, 9, 10), ("b", 1, 9, 14), ("c", 0, 8, 50), ("d", 2, 9, 50)):
         summary = {"config": {"seed": seed, "steps": steps, "name": name}, "data": "d", "split": "val",
-                   "prediction": REFIT, "results": {REFIT: {"miou": miou, "accuracy": 2 * miou}}}
+                   "prediction": REFIT, "results": {REFIT: {"miou": miou, "accuracy": 2 * miou}},
+                   "classes": ["sky", "sea"] if name == "d" else ["sky"]}
         (tmp_path / name).mkdir()
         (tmp_path / name / "scores.json").write_text(json.dumps(summary))
-    evaluate.compare([tmp_path / name for name in "abcx"])
+    evaluate.compare([tmp_path / name for name in "abcdx"])
     out = capsys.readouterr().out
     assert "x: left out" in out and f"2 runs: {tmp_path}/a, {tmp_path}/b\n" in out
     rows = [line[len(REFIT):].split()[:6] for line in out.splitlines() if line.startswith(REFIT)]
-    assert rows == [["12.0", "±", "2.8", "24.0", "±", "5.7"], ["50.0", "100.0", "<-", "the", "prediction"]]
+    alone = ["50.0", "100.0", "<-", "the", "prediction"]
+    assert rows == [["12.0", "±", "2.8", "24.0", "±", "5.7"], alone, alone]
 
 
 def test_photos_of_any_size_are_segmented_at_their_own_size(model):

@@ -126,10 +126,13 @@ def test_typed_names_of_clusters_outlive_a_resume_and_are_kept_aside_where_clust
     train_here(monkeypatch, "--resume", "t")
     assert "thing" in names("clusters.json")[0] and not list(Path("runs/t").glob("clusters-*.json"))
     train_here(monkeypatch, "--resume", "t", "--steps", "14")
-    assert "thing" in names("clusters-12.json")[0] and "class" in names("clusters.json")[0]
-    assert "the names of those before are in runs/t/clusters-12.json" in capsys.readouterr().out
-    train_here(monkeypatch, "--resume", "t", "--steps", "16")
-    assert "thing" in names("clusters-12.json")[0] and "class" in names("clusters-14.json")[0]
+    aside, = Path("runs/t").glob("clusters-12-*.json")
+    assert "thing" in names(aside.name)[0] and "class" in names("clusters.json")[0]
+    assert f"the names of those before are in {aside}" in capsys.readouterr().out
+    for seed in "1", "2":  # other clusters after the same step
+        monkeypatch.setattr(train.time, "time", lambda: int(seed))
+        train_here(monkeypatch, "--resume", "t", "--seed", seed)
+    assert len([*Path("runs/t").glob("clusters-14-*.json")]) == 2 and "thing" in names(aside.name)[0]
 
 
 def test_live_features_of_five_crops_give_the_weights_of_cached_ones(workplace, monkeypatch, capsys):
@@ -288,6 +291,9 @@ def test_a_run_is_not_overwritten_and_goes_on_with_a_model_of_its_own_shape(work
     assert "go on with it by --resume t" in told(*IMAGES, "--name", "t")
     for other in ("--num-clusters=2", "--code-dim=3"):
         assert "must stay as they were" in told("--resume", "t", other)
+    other = {name: value + 1 for name, value in torch.load("vit.pth", weights_only=True).items()}
+    torch.save(other, "other.pth")  # its features would get those of the run's own backbone
+    assert "the backbone has other weights" in told("--resume", "t", "--backbone", "other.pth")
     for number in (1, 2):  # without a name each run gets a folder of its own
         train_here(monkeypatch, *IMAGES, "--steps", "0")
         assert (workplace / f"runs/directory-{number}/scores.json").is_file()
@@ -324,4 +330,4 @@ def test_names_of_old_clusters_are_never_beside_a_checkpoint_with_new_ones(workp
         train_here(monkeypatch, "--resume", "t", "--steps", "14")
     assert torch.load("runs/t/checkpoint.pt", weights_only=True)["training"]["step"] == 14
     assert not Path("runs/t/clusters.json").exists()
-    assert Path("runs/t/clusters-12.json").read_text() == typed
+    assert next(Path("runs/t").glob("clusters-12-*.json")).read_text() == typed
