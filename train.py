@@ -264,8 +264,9 @@ def main():
         """x and x^knn (N, D, h, w) and the labels of x (N, H, W): this process's share of a batch."""
         if isinstance(features.maps, torch.Tensor):  # reading needs one thread; more would disturb the step
             torch.set_num_threads(1)  # for this thread alone
-        x, x_knn = (drawn[rank::world] for drawn in draw_batch(step, neighbors, args.batch_size, args.seed))
-        tensors = [features.maps[x], features.maps[x_knn], features.labels[x]]
+        batch, batch_knn = draw_batch(step, neighbors, args.batch_size, args.seed)
+        batch, batch_knn = batch[rank::world], batch_knn[rank::world]
+        tensors = [features.maps[batch], features.maps[batch_knn], features.labels[batch]]
         if device.type == "cuda":  # pinned memory is copied to the GPU while it computes
             tensors = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
         return tensors
