@@ -430,12 +430,10 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
         return Features(found["maps"].permute(0, 3, 1, 2), found["vectors"], labels)
 
     def rows(read, numbers):
-        parts = in_parallel(lambda j: views(read(j // v), size, crop)[j % v], numbers, workers)
-        return np.stack(list(parts))
+        return np.stack([*in_parallel(lambda j: views(read(j // v), size, crop)[j % v], numbers, workers)])
 
-    maps = Live(lambda numbers: compute(rows(collection.image, numbers)))
-    labels = Live(lambda numbers: torch.from_numpy(rows(collection.label, numbers)))
-    return Features(maps, found["vectors"], labels)
+    return Features(Live(lambda numbers: compute(rows(collection.image, numbers))), found["vectors"],
+                    Live(lambda numbers: torch.from_numpy(rows(collection.label, numbers))))
 
 
 def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, world, views_at_once=32):
@@ -468,6 +466,9 @@ def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, w
                 raise InputError(f"{collection.images[rows[0] // v]} or the {len(batch) - 1} images after "
                                  "it: the backbone gives features that are not finite in float16")
             values = {"vectors": maps.mean((2, 3)).cpu(), "maps": half.cpu(), "labels": labels}
+            if "maps" in out and shutil.disk_usage(partial).free < 2 * world * half.nbytes + 1e6:
+                raise InputError(f"{partial}: the disk is full, where writing would end in a bus error; with "
+                                 "more room, --resume or the same command goes on from here")
             for name, array in out.items():
                 array[rows] = values[name]
             done[rows // v] = True
@@ -480,9 +481,8 @@ def nearest_neighbors(vectors, k):
 
     In blocks of rows, so that the N x N similarities never exist together.
     """
-    n = len(vectors)
+    n, neighbors = len(vectors), []
     vectors = nnf.normalize(vectors.float(), dim=1)
-    neighbors = []
     for block in torch.arange(n, device=vectors.device).split(max(1, 2 ** 25 // n)):
         similarity = vectors[block] @ vectors.T  # (rows, N), 128 MB at a time
         similarity.scatter_(1, block[:, None], -torch.inf)  # the vector itself

@@ -506,7 +506,7 @@ def read_legend(path, n_clusters):
     """
     legend = [(f"cluster {k}", colour) for k, colour in enumerate(data.class_palette(n_clusters).tolist())]
     with refusing(f"{path}: not a list of clusters as training writes it"):
-        for k, entry in json.loads(path.read_text("utf-8")).items() if path.is_file() else ():
+        for k, entry in json.loads(path.read_text("utf-8-sig")).items() if path.is_file() else ():
             red, green, blue = bytes(entry["color"])
             legend[int(k)] = " ".join(str(entry["name"]).split()), [red, green, blue]
     first = dict(reversed(legend))  # name -> colour of its first cluster

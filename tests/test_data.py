@@ -282,6 +282,15 @@ def test_features_live_and_cached_are_those_of_a_straight_pass(folder, backbone,
             assert np.array_equal(features.labels[rows], data.views(train.label(i), 16, crop))
 
 
+def test_a_disk_that_fills_during_the_extraction_is_an_error_and_no_bus_error(folder, backbone, monkeypatch):
+    train, free = data.directory(folder, "train", 4), iter([1e9, 100])  # at the start, before the first batch
+    with monkeypatch.context() as patch:
+        patch.setattr(data.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=next(free)))
+        with pytest.raises(stego.InputError, match="the disk is full"):
+            extract(backbone, train)
+    assert torch.isfinite(extract(backbone, train).vectors).all()  # it goes on once there is room
+
+
 @pytest.mark.parametrize("crop, batches", [("none", [32, 4]), ("five", [30] * 6)])
 def test_the_backbone_sees_at_most_32_views_at_once(crop, batches, folder, backbone):
     train, seen = data.directory(folder, "train", 4), []

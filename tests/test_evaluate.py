@@ -334,6 +334,8 @@ def test_a_person_may_edit_names_and_colours_of_clusters(tmp_path):
     path.write_text(path.read_text().replace("sea", "sky\\n above").replace("road", "tree"))
     palette[3] = palette[1]  # clusters of one name have the colour of the first
     assert evaluate.read_legend(path, 4) == list(zip(["sky", "tree", "sky above", "tree"], palette))
+    path.write_text(path.read_text(), "utf-8-sig")  # as Windows' editors write it
+    assert evaluate.read_legend(path, 4)[1] == ("tree", palette[1])
     for bad in ("{", "[1]", '{"9": {"name": "a", "color": [1, 2, 3]}}', '{"0": {"name": "a"}}',
                 '{"0": {"name": "a", "color": "red"}}', '{"0": {"name": "a", "color": [1, 2, 300]}}'):
         path.write_text(bad)
