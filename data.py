@@ -432,8 +432,9 @@ def extract_features(model, collection, size, crop="none", cache_dir="cache", ca
     def rows(read, numbers):
         return np.stack([*in_parallel(lambda j: views(read(j // v), size, crop)[j % v], numbers, workers)])
 
-    return Features(Live(lambda numbers: compute(rows(collection.image, numbers))), found["vectors"],
-                    Live(lambda numbers: torch.from_numpy(rows(collection.label, numbers))))
+    maps = Live(lambda numbers: compute(rows(collection.image, numbers)))
+    labels = Live(lambda numbers: torch.from_numpy(rows(collection.label, numbers)))
+    return Features(maps, found["vectors"], labels)
 
 
 def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, world, views_at_once=32):
@@ -468,7 +469,7 @@ def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, w
             values = {"vectors": maps.mean((2, 3)).cpu(), "maps": half.cpu(), "labels": labels}
             if "maps" in out and shutil.disk_usage(partial).free < 2 * world * half.nbytes + 1e6:
                 raise InputError(f"{partial}: the disk is full, where writing would end in a bus error; with "
-                                 "more room, --resume or the same command goes on from here")
+                                 "more room, --resume or the same command goes on")
             for name, array in out.items():
                 array[rows] = values[name]
             done[rows // v] = True
