@@ -667,11 +667,11 @@ def load_checkpoint(path, device="cpu"):
         backbone = vit_from_state_dict({key.removeprefix("backbone."): value for key, value in state.items()
                                         if key.startswith("backbone.")}, saved["num_heads"])
         with torch.device("meta"):  # shapes alone, which take no memory
-            model = Stego(backbone, *state["cluster_probe.centroids"].shape[::-1],
-                          len(state.get("linear_probe.weight", ())), saved["dropout"], saved["facet"])
+            n_clusters, code_dim = state["cluster_probe.centroids"].shape
+            model = Stego(backbone, code_dim, n_clusters, len(state.get("linear_probe.weight", ())),
+                          saved["dropout"], saved["facet"])
             if "refit_probe.centroids" in state:
-                model.refit_probe = ClusterProbe(model.head.linear.out_channels,
-                                                 len(state["refit_probe.centroids"]))
+                model.refit_probe = ClusterProbe(code_dim, len(state["refit_probe.centroids"]))
         model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
         if not all(value.isfinite().all() for value in model.state_dict().values()):
             raise ValueError("its weights are not finite")
