@@ -921,7 +921,7 @@ def main():
     confusions, samples = evaluate(model, collection, size, probes, args.crf, args.workers, rank, world)
     if rank == 0:
         report(out, confusions, samples, collection, legend, config)
-        print(f"scores and pictures are in {out}")
+        print(f"scores.json and pictures are in {out}")
 
 
 if __name__ == "__main__":

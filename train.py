@@ -354,7 +354,7 @@ def main():
             plots = {term: {"loss": (steps, column)} for term, column in zip([*rows[0]][1:], columns)}
             evaluate.draw_curves(folder / "losses.png", plots, "step")
         seconds = time.perf_counter() - started
-        print(f"scores, pictures and checkpoint.pt are in {folder}, after {seconds:.0f} seconds")
+        print(f"scores.json, pictures and checkpoint.pt are in {folder}, after {seconds:.0f} seconds")
         print(f"next: look at clusters.png there, type names into clusters.json, and segment photos with\n"
               f"    python evaluate.py {folder} --predict PHOTOS --out FOLDER")
 
