@@ -1,8 +1,8 @@
 """From files to frozen features: images, labels, data sets, what the network sees, the cache, neighbours.
 
 The backbone is frozen and a view of an image never changes, so every feature is computed once:
-`extract_features` fills a float16 memory map and training only reads it. An image has one view (centre crop)
-or five (five-crop).
+`extract_features` fills a float16 memory map, where it fits, and training only reads it. An image has one
+view (centre crop) or five (five-crop).
 """
 import collections
 import contextlib

@@ -1,13 +1,13 @@
 """Score a trained run on labelled images, or segment a folder of your own photos.
 
     python evaluate.py runs/scenes-1                                  # scores of its own data set
-    python evaluate.py runs/scenes-1 --predict photos --out segmented
+    python evaluate.py runs/mine --predict photos --out segmented     # a run on photos, as in README.md
     python evaluate.py runs/scenes-1 --correspondences                # what corresponds to what
     python evaluate.py cocostuff27_vit_base_5.ckpt --data-root data   # the authors' released model
     python evaluate.py --compare runs/*                               # mean and spread over seeds
 
-Clusters have no names: the Hungarian method matches each to one class, on a single confusion matrix over the
-whole data set, and only then are they scored. The linear probe names its classes itself.
+Clusters have no names: the Hungarian method matches each to at most one class, on one confusion matrix over
+the whole data set, and only then are they scored. The linear probe names its classes itself.
 """
 import argparse
 import collections
@@ -154,10 +154,7 @@ def kmeans(codes, n_clusters, restarts=20, seed=0, iterations=100):
 
 @torch.no_grad()
 def sample_positions(features, n_points=50_000, seed=0):
-    """About n_points features at random positions of random views, on which k-means is fitted.
-
-    Returns (n, D) float32.
-    """
+    """About n_points features, (n, D) float32, or all, at random positions of random views: for k-means."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(features.vectors), generator=generator)[:2000].sort().values  # enough views
     per_map, vectors = -(-n_points // len(chosen)), []
@@ -539,7 +536,7 @@ def predict(model, probe, image, size, crf=True):
 
 
 def predict_folder(model, probe, folder, out, size, legend, crf=True):
-    """Segments every image below `folder`, or the one image it is, into `out`.
+    """Segments every image below `folder`, or below its imgs/ if there, or the one image it is, into `out`.
 
     legend: (name, colour) of each cluster; those of one name are one class.
     Writes for each photo a palette PNG of class ids, of the same stem and size, and <stem>_overlay.jpg, with
@@ -610,8 +607,8 @@ def with_legend(picture, legend, size=16):
 def draw_panel(path, titles, rows, legend):
     """Save a grid of pictures with column titles above and a legend of the classes below, as PNG.
 
-    titles: of the columns. rows: of PIL images. legend: name -> colour. Pictures are padded to squares and
-    shrunk by averaging, or enlarged by nearest neighbour, so that label colours stay exact.
+    titles: of the columns. rows: of PIL images. legend: name -> colour. Pictures are padded to squares, and
+    shrunk by averaging or enlarged by nearest neighbour.
     """
     side, gap, top = min(320, 1400 // len(titles)), 6, 30
     width, height = len(titles) * (side + gap) - gap, top + len(rows) * (side + gap) + gap
@@ -756,7 +753,8 @@ def draw_heatmaps(path, model, collection, neighbors, size, crop, n_images=5):
 
 def add_machine_options(add):
     """Options of both scripts, on the machine and the CRF."""
-    add("--crf", action=argparse.BooleanOptionalAction, default=True, help="evaluate with the CRF, too")
+    add("--crf", action=argparse.BooleanOptionalAction, default=True,
+        help="refine by the CRF; scores are also given without it, photos are not")
     add("--cache-dir", default="cache", help="where features are kept; they can be large")
     add("--cache-gb", type=float, default=100, help="features that take more GB are computed at every step")
     add("--device", default="auto", help="cuda, mps or cpu; auto: the first of them that works")
@@ -820,7 +818,7 @@ def join_processes(name):
 
 
 def run_main(main):
-    """Runs main(); what goes wrong becomes one sentence and exit status 2, or 130 after Ctrl-C."""
+    """Runs main(); what a user can put right becomes a sentence and exit status 2; 130 after Ctrl-C."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may be unable to show some file names
     try:
         main()
@@ -852,8 +850,8 @@ def parse_args():
         "and, with labels, how well that tells classes apart (precision_recall.png)")
     add("--compare", nargs="+", metavar="RUN", help="print the scores of runs, mean ± deviation over seeds")
     add = parser.add_argument
-    add("--out", metavar="FOLDER", help="where results go; for scores, eval-<split> in the run if not given")
-    add("--split", help="val, train, or dev of the scenes; if not given val, of --correspondences train")
+    add("--out", metavar="FOLDER", help="where results go; needed by --predict, else eval-<split> in the run")
+    add("--split", help="train, val or, of scenes, dev; if not given val, or train for --correspondences")
     add("--dataset", choices=data.DATASETS, help="this and the next four are as in training if not given")
     add("--data-root")
     add("--num-classes", type=int)
@@ -923,7 +921,7 @@ def main():
     confusions, samples = evaluate(model, collection, size, probes, args.crf, args.workers, rank, world)
     if rank == 0:
         report(out, confusions, samples, collection, legend, config)
-        print(f"scores and pictures are in {out}")
+        print(f"scores.json and pictures are in {out}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
     python train.py --resume NAME --steps 4000                     # train it for longer
     torchrun --nproc_per_node=4 train.py ...                       # one run shared by four GPUs or processes
 
-Everything goes into runs/<name>/ except the features, which --cache-dir keeps for later runs.
+Results go into runs/<name>/, and features into --cache-dir, which keeps them for later runs.
 """
 import argparse
 import functools
@@ -67,29 +67,30 @@ def parse_args():
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--preset", choices=PRESETS, help="all settings of a published result; scenes if nothing is given")
+    add("--preset", choices=PRESETS,
+        help="all settings of a published result, or of the scenes, the default without --data-root")
     add("--resume", metavar="NAME", type=lambda text: text.removeprefix("runs/").rstrip("/"),
-        help="go on with runs/NAME, with its settings")
+        help="go on with runs/NAME, with its settings where none are typed")
     add("--name", help="results go into runs/<name>; the data set's name and a number if not given")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=data.DATASETS, help="if not given: directory, or scenes without --data-root")
     add("--data-root", type=os.path.abspath,  # as a run can be evaluated from another folder
         help="where the images are: imgs/{train,val}, or just images; see README.md")
-    add("--num-classes", type=int, help="kinds of things to tell apart, in a directory without classes.txt")
+    add("--num-classes", type=int, help="classes of the labels, in a directory without classes.txt")
     add("--resolution", type=int, default=224, help="side of the training views in pixels")
     add("--eval-resolution", type=int, default=320, help="side of the evaluated views in pixels")
     add("--crop", choices=data.VIEWS, default="none",
         help="none: training sees the centre square of an image; five: its corners and centre at half size")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", default="dino_vits8", help=f"{', '.join(stego.BACKBONES)}, or a file or address")
+    add("--backbone", default="dino_vits8", help=f"{', '.join(stego.BACKBONES)}, or a file, folder, URL")
     add("--facet", choices=("token", "key"), default="token", help="the backbone's last tokens, or keys")
     add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of the backbone; auto: bfloat16 where the hardware has it, else float32")
     add("--code-dim", type=int, default=70, help="numbers in a code, the paper's K")
     add("--dropout", type=share, default=0.1, help="share of the feature channels that are dropped")
-    add("--num-clusters", type=int, help="clusters to find; as many as classes if not given")
+    add("--num-clusters", type=int, help="clusters to find at most; as many as classes if not given")
 
     add = parser.add_argument_group("objective").add_argument  # weights as in the paper's Cityscapes model
     add("--lambda-self", type=float, default=1.0, help="weight of self pairs (image, itself)")
@@ -97,7 +98,7 @@ def parse_args():
     add("--lambda-rand", type=float, default=0.9058762625226623, help="weight of rand pairs (image, another)")
     add("--b-self", type=shift, default="auto", help="shift of self pairs: they attract where F is larger")
     add("--b-knn", type=shift, default="auto", help="of knn pairs: codes collapse if low, scatter if high")
-    add("--b-rand", type=shift, default="auto", help="of rand pairs; auto: each from the features alone")
+    add("--b-rand", type=shift, default="auto", help="of rand pairs; auto, for each shift: from the features")
     add("--same-class", type=share, nargs=3, metavar=("SELF", "KNN", "RAND"),
         help="instead of shifts: the shares (0 to 1) of pairs that show one class and so attract")
     add("--center", action=switch, default=False, help="centre F spatially")
@@ -353,7 +354,7 @@ def main():
             plots = {term: {"loss": (steps, column)} for term, column in zip([*rows[0]][1:], columns)}
             evaluate.draw_curves(folder / "losses.png", plots, "step")
         seconds = time.perf_counter() - started
-        print(f"scores, pictures and checkpoint.pt are in {folder}, after {seconds:.0f} seconds")
+        print(f"scores.json, pictures and checkpoint.pt are in {folder}, after {seconds:.0f} seconds")
         print(f"next: look at clusters.png there, type names into clusters.json, and segment photos with\n"
               f"    python evaluate.py {folder} --predict PHOTOS --out FOLDER")
 

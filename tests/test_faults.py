@@ -109,7 +109,7 @@ def test_two_processes_share_a_run_and_end_with_one_model(workplace, monkeypatch
     result = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "telling.py",
                     "--name", "t", *IMAGES)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("scores, pictures and checkpoint.pt are in") == 1
+    assert result.stdout.count("scores.json, pictures and checkpoint.pt are in") == 1
     one, other = (torch.load(f"told-{rank}.pt", weights_only=False) for rank in (0, 1))
     for ours, theirs in ((one[0], other[0]), (one[1], other[1]), (one[3], other[3])):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
