@@ -76,6 +76,9 @@ def test_kmeans_is_the_best_of_its_restarts_and_a_function_of_directions_and_see
         return (codes @ evaluate.kmeans(codes, 9, restarts, seed).T).amax(1).mean().item()
     torch.testing.assert_close(evaluate.kmeans(codes, 9, 2, 3), evaluate.kmeans(codes * lengths, 9, 2, 3))
     assert objective(8) > max(objective(1), objective(2)) and objective(1) != objective(1, seed=4)
+    found = evaluate.kmeans(codes, 9, 1)
+    means = nnf.one_hot((codes @ found.T).argmax(1)).float().T @ codes
+    torch.testing.assert_close(nnf.normalize(means, dim=1), found, atol=0.02, rtol=0)  # it has come to rest
     few = evaluate.kmeans(codes[:3].repeat(50, 1), 5)  # an empty cluster gets a code
     torch.testing.assert_close((few @ codes[:3].T).amax(1), torch.ones(5))
 
@@ -87,6 +90,7 @@ def test_the_rate_of_random_pairs_is_that_of_uneven_classes():
     vectors = directions[classes] + 0.15 * torch.randn(len(classes), 16)
     rate = evaluate.random_pair_rate(7 * vectors, 3)
     assert rate == pytest.approx(0.36 + 0.09 + 0.01, abs=0.02)
+    assert evaluate.random_pair_rate(directions.repeat(2, 1), 3) == pytest.approx(1 / 3)  # of few points
 
 
 def test_centroids_that_nearly_coincide_become_one():
@@ -110,6 +114,10 @@ def test_correspondences_know_the_classes_of_their_points():
         assert 0.1 < (same == -1).float().mean() < 0.5  # pairs with a void point
         assert ((F > 0.5 ** 0.5) == same)[same >= 0].float().mean() > 0.99  # but for points right at an edge
     assert [*found] == ["self", "knn", "rand"]
+    apart = features._replace(maps=torch.eye(4)[:, :, None, None].expand(4, 4, 16, 16))  # one channel each
+    found, again = (evaluate.correspondences(apart, neighbors, torch.neg, "cpu", dropout=0.5) for _ in "ab")
+    assert found["rand"][0].max() == 0 and 0.2 < found["self"][0].mean() < 0.8
+    assert torch.equal(found["self"][0], again["self"][0])
     void = features._replace(labels=torch.full_like(labels, data.VOID))
     found = evaluate.correspondences(void, neighbors, torch.neg, "cpu", center=True)
     for F, _, same in found.values():
@@ -131,15 +139,16 @@ def test_precision_and_recall_equal_a_slow_loop():
 
 
 def test_health_warns_of_collapsed_and_of_scattered_codes():
-    def warnings(codes):
+    def warnings(codes, all_clusters=1):
         probe = stego.ClusterProbe(codes.shape[1], 4)
         probe.centroids.data = evaluate.kmeans(codes, 4)
-        clusters = (codes @ probe.centroids.T).argmax(1).reshape(4, 5, 10)  # of four views
+        clusters = (codes @ probe.centroids.T).argmax(1).reshape(4, 5, 10) * all_clusters  # four views
         return " ".join(evaluate.diagnose(codes, probe, clusters)[1])
     codes = torch.eye(8)[:4].repeat(50, 1) + 0.05 * torch.randn(200, 8)
     assert not warnings(codes)
     assert "every image is one cluster" in warnings(codes.reshape(50, 4, 8).transpose(0, 1).reshape(200, 8))
     assert "collapsed" in warnings(torch.ones(200, 8) + 0.01 * torch.randn(200, 8))
+    assert "collapsed" in warnings(codes, 0)  # nothing but cluster 0
     assert "hardly cluster" in warnings(torch.randn(200, 64))
 
 
@@ -171,6 +180,9 @@ def test_flip_averaging_and_probabilities_equal_a_straight_computation(model):
     images, codes = torch.randn(2, 3, 32, 48), torch.randn(1, 6, 4, 4)
     for found, f in zip(evaluate.flip_averaged(model, images), (model.features, model)):
         torch.testing.assert_close(found, (f(images) + f(images.flip(3)).flip(3)) / 2)
+    labels = torch.randint(0, 9, (2, 32, 48)).byte()
+    surveyed = evaluate.survey(model, data.Features(torch.randn(2, 16, 4, 6), torch.ones(2), labels))
+    assert torch.equal(surveyed[2], labels[:, 4::8, 4::8])  # at the centres of patches
     for size in ((32, 24), (4, 4)):
         large = nnf.interpolate(codes, size, mode="bilinear", align_corners=False)
         for probe, scale in ((model.cluster_probe, 2), (model.linear_probe, 1)):
@@ -203,10 +215,10 @@ def test_evaluation_equals_a_straight_computation(model):
 
 def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(tmp_path, capsys):
     palette = data.class_palette(3)
-    ids = {row: np.zeros((32, 32), np.uint8) for row in ("label", REFIT, REFIT + CRF, LINEAR)}
+    ids = {row: np.zeros((32, 32), np.uint8) for row in ("label", RAW, REFIT, REFIT + CRF, LINEAR)}
     samples = [(np.zeros((32, 32, 3), np.uint8), ids)] * 2
     counts = np.array([[0, 0, 0], [1, 9, 0], [0, 0, 0], [8, 0, 0], [2, 0, 0]])
-    confusions = {REFIT: counts, REFIT + CRF: counts, LINEAR: np.eye(3)}
+    confusions = {REFIT: counts, REFIT + CRF: counts, LINEAR: np.diag([0, 1, 1])}
     legend = list(zip("bbxaa", data.class_palette(5).tolist()))
     config = {"commonest": [0, 1, 0, 0, 0], "num_classes": 3}
     found_legend = evaluate.report(tmp_path, confusions, samples, Made(), legend, config)
@@ -217,27 +229,31 @@ def test_a_report_names_clusters_by_their_classes_and_holds_no_nan(tmp_path, cap
     assert summary["results"]["by training labels"]["accuracy"] == 95  # one of 20 pixels is in a cluster of b
     assert summary["results"]["as named"]["assignment"] == [1, 1, -1, 0, 0]
     assert found_legend[3] == ("a", palette[0].tolist())
-    assert len({(name, *colour) for name, colour in found_legend}) == 5
+    assert len({tuple(colour) for _, colour in found_legend}) == 5
     assert "c" not in dict(found_legend)  # which never occurs, though a cluster was matched to it
     pixels = np.asarray(data.read_image(tmp_path / "panel.png"))
-    assert (pixels[60:330, 320:580] == palette[0]).all()  # the label, all of class 0
+    for left in (320, 1180):  # the label, and the linear probe, are all of class 0
+        assert (pixels[60:290, left:left + 250] == palette[0]).all()
     out = capsys.readouterr().out
     assert "0.5% of the labelled images' pixels show a class" in out  # 20 of 4 x 32 x 32
     line, = [line for line in out.splitlines() if line.endswith("<- the prediction")]
     assert line.split()[:5] == ["k-means", "on", "codes", "81.4", "85.0"]
+    confusions[RAW] = np.eye(3, dtype=int)  # better
     evaluate.report(tmp_path / "again", confusions, samples, Made(), found_legend, config)
-    assert "as named" not in json.loads((tmp_path / "again/scores.json").read_text())["results"]
+    again = json.loads((tmp_path / "again/scores.json").read_text())
+    assert "as named" not in again["results"] and "score below k-means" in str(again["warnings"])
 
 
 def test_the_panel_names_all_clusters_that_the_prediction_or_its_crf_leave_over(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(evaluate, "draw_panel", lambda path, titles, rows, legend: drawn.extend(legend))
+    monkeypatch.setattr(evaluate, "draw_confusion", lambda path, counts, rows, names: drawn.extend(rows))
     ids = {row: np.zeros((8, 8), np.uint8) for row in ("label", REFIT, REFIT + CRF)}
     counts = np.diag([5, 5, 5, 0])[:, :3] + [[0], [0], [0], [1]]
     legend = list(zip("abcd", data.class_palette(4).tolist()))
     evaluate.report(tmp_path, {REFIT: counts, REFIT + CRF: counts[[0, 1, 3, 2]]},
                     [(np.zeros((8, 8, 3), np.uint8), ids)], Made(), legend, {})
-    assert drawn == [*Made().names, "cluster 3", "cluster 2"]
+    assert drawn == [*"abc", "cluster 3", *"abc", "cluster 3", "cluster 2"]
 
 
 def test_without_labels_clusters_keep_their_names_and_other_rows_are_painted_like_them(model, tmp_path):
@@ -255,18 +271,20 @@ def test_without_labels_clusters_keep_their_names_and_other_rows_are_painted_lik
 
 
 def test_compare_groups_runs_by_their_settings(tmp_path, capsys):
-    for name, seed, steps, miou in (("a", 0, 9, 10), ("b", 1, 9, 14), ("c", 0, 8, 50), ("d", 2, 9, 50)):
-        summary = {"config": {"seed": seed, "steps": steps, "name": name}, "data": "d", "split": "val",
+    for name, seed, steps, miou in (("a", 0, 9, 10), ("b", 1, 9, 14), ("c", 0, 8, 50), ("d", 2, 9, 50),
+                                    ("e", 3, 9, 50)):
+        summary = {"config": {"seed": seed, "steps": steps, "name": name, "commonest": [seed]},
+                   "data": "d", "split": "dev" if name == "e" else "val",
                    "prediction": REFIT, "results": {REFIT: {"miou": miou, "accuracy": 2 * miou}},
                    "classes": ["sky", "sea"] if name == "d" else ["sky"]}
         (tmp_path / name).mkdir()
         (tmp_path / name / "scores.json").write_text(json.dumps(summary))
-    evaluate.compare([tmp_path / name for name in "abcdx"])
+    evaluate.compare([tmp_path / name for name in "abcdex"])
     out = capsys.readouterr().out
     assert "x: left out" in out and f"2 runs: {tmp_path}/a, {tmp_path}/b\n" in out
     rows = [line[len(REFIT):].split()[:6] for line in out.splitlines() if line.startswith(REFIT)]
     alone = ["50.0", "100.0", "<-", "the", "prediction"]
-    assert rows == [["12.0", "±", "2.8", "24.0", "±", "5.7"], alone, alone]
+    assert rows == [["12.0", "±", "2.8", "24.0", "±", "5.7"], alone, alone, alone]
 
 
 def test_photos_of_any_size_are_segmented_at_their_own_size(model):
@@ -282,8 +300,10 @@ def test_a_prediction_is_of_the_whole_image(model):
     image = Made().image(0)  # 64 x 40, multiples of the patch
     pixels = data.normalize(torch.tensor(np.asarray(image))[None])
     codes = evaluate.flip_averaged(model, pixels)[1]
-    expected = evaluate.log_probabilities(model.refit_probe, codes, (40, 64))[0].argmax(0)
-    assert np.array_equal(evaluate.predict(model, model.refit_probe, image, 40, False), expected)
+    p = evaluate.log_probabilities(model.refit_probe, codes, (40, 64))[0].exp().numpy()
+    for crf, expected in ((False, p), (True, dense_crf(np.asarray(image), p))):
+        assert np.array_equal(evaluate.predict(model, model.refit_probe, image, 40, crf), expected.argmax(0))
+    assert (p.argmax(0) != expected.argmax(0)).any()
 
 
 def predict_here(model, photos, out):
@@ -403,6 +423,9 @@ def test_the_device_is_the_first_that_works_and_processes_have_a_gpu_each(preten
     assert begun == [torch.device("cuda", 1), "group"] * 2
     pretended(lambda kind: kind == "cuda")
     assert evaluate.choose_device("auto") == torch.device("mps")
+    for capability, precision in (((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        assert evaluate.choose_precision("auto", torch.device("cuda")) == precision
 
 
 @pytest.mark.parametrize("error, status, sentence", [
@@ -448,9 +471,14 @@ def test_evaluation_from_the_command_line_gives_the_scores_of_training(evaluate_
                    for file in ("scores.json", "eval-val/scores.json"))
     del ours[RAW]  # its centroids are not in a checkpoint
     assert again == ours and {*again} == {REFIT, ONLINE, LINEAR, "by training labels"}
-    evaluate_here("t/checkpoint.pt", "--split", "train", "--out", "there", "--eval-resolution", "19")
+    evaluate_here("t/checkpoint.pt", "--split", "train", "--out", "there", "--eval-resolution=19",
+                  "--precision=bfloat16")
     there = json.loads(Path("there/scores.json").read_text())
     assert there["images"] == 12 and there["config"]["eval_resolution"] == 19
+    assert there["config"]["precision"] == "bfloat16"
+    Path("of.ckpt").write_bytes(Path("runs/t/checkpoint.pt").read_bytes())  # as the authors' are called
+    evaluate_here("of.ckpt")
+    assert Path("of/eval-val/scores.json").is_file()
     evaluate_here("--compare", "runs/t", "t", "there")  # which differs by its split and resolution
     out = capsys.readouterr().out
     assert "split train, at 16 pixels" in out and "\n1 runs: runs/t\n" in out
@@ -475,7 +503,8 @@ def test_correspondences_are_drawn(evaluate_here, capsys):
     heatmaps, curves = (data.read_image(f"runs/t/eval-train/{name}.png")
                         for name in ("heatmaps", "precision_recall"))
     assert heatmaps.width == 6 * (233 + 6) - 6 + 40 and curves.width == 3 * 326 - 6 + 40
-    assert np.asarray(heatmaps)[60:280, 30:240].std() > 20
+    view, neighbour = (np.asarray(heatmaps)[60:280, x:x + 70] for x in (30, 269))  # left of the point
+    assert view.std() > 20 and neighbour.std() > 20 and (view != neighbour).any()
     assert capsys.readouterr().out.count("average precision") == 3
     with pytest.raises(stego.InputError, match="one image has no other"):
         evaluate_here("runs/t", "--correspondences", "--data-root", "images/imgs/val/0.png")

@@ -75,9 +75,9 @@ def test_derangement_is_a_permutation_without_fixed_points_and_each_is_as_likely
 def test_objective_equals_its_three_terms_written_out(switches):
     x, x_knn = torch.randn(2, 4, 6, 5, 7)
     s, s_knn = torch.randn(2, 4, 3, 5, 7)
-    torch.manual_seed(1)
+    torch.manual_seed(2)
     loss, terms = stego.stego_loss(x, x_knn, s, s_knn, (0.5, 2.0, 3.0), (0.1, 0.2, 0.3), **switches)
-    torch.manual_seed(1)  # the same points and negatives, drawn in the same order
+    torch.manual_seed(2)  # the same points and negatives, drawn in the same order
     at, at_other = 2 * torch.rand(4, 11, 11, 2) - 1, 2 * torch.rand(4, 11, 11, 2) - 1
 
     def term(g, t, points, shift):
@@ -169,10 +169,11 @@ def test_linear_probe_loss_of_a_batch_without_labels_is_zero_and_teaches_nothing
 
 def test_a_model_teaches_its_head_and_never_its_backbone(backbone):
     model = stego.Stego(backbone.train().requires_grad_(), 5, 4, n_classes=3)
-    codes = model(torch.randn(2, 3, 32, 16))
+    images = torch.randn(2, 3, 32, 16, requires_grad=True)
+    codes = model(images)
     assert codes.shape == (2, 5, 4, 2) and model.linear_probe(codes).shape == (2, 3, 4, 2)
     codes.sum().backward()
-    assert all(parameter.grad is not None for parameter in model.head.parameters())
+    assert images.grad is None and all(part.grad is not None for part in model.head.parameters())
     assert not any(parameter.requires_grad for parameter in backbone.parameters()) and not backbone.training
 
 

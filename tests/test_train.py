@@ -51,6 +51,12 @@ def test_presets_hold_nothing_that_is_no_option(monkeypatch):
     for name, preset in train.PRESETS.items():
         found = settings(monkeypatch, "--preset", name, "--data-root", "folder")
         assert vars(found).items() >= preset.items() and options.keys() >= preset.keys()
+    numbers = [[preset[f"{of}_{term}"] for of in ("lambda", "b") for term in TERMS]
+               for preset in [*train.PRESETS.values()][1:]]
+    assert numbers == [  # of the authors' configs/train_config.yml
+        [0.1, 1.0, 0.1538476246415498, 0.12, 0.2, 1.0], [0.67, 0.25, 0.63, 0.08, 0.02, 0.66],
+        [1.0, 0.577453483136995, 0.9058762625226623, 0.45828472207, 0.1754346515479633, 0.31361241889448443],
+        [0.67, 0.25, 0.63, 0.08, 0.02, 0.76]]
 
 
 def test_batches_are_permutations_by_epoch_and_a_function_of_seed_and_step():
@@ -64,7 +70,9 @@ def test_batches_are_permutations_by_epoch_and_a_function_of_seed_and_step():
     for step in (50, 3, 88):
         again = train.draw_batch(step, neighbors, 4, seed=5)
         assert all(torch.equal(one, other) for one, other in zip(again, drawn[step]))
-        assert not torch.equal(again[0], train.draw_batch(step, neighbors, 4, seed=6)[0])
+        other = train.draw_batch(step, neighbors, 4, seed=6)
+        assert not torch.equal(again[0], other[0])
+        assert not torch.equal((again[1] - again[0]) % 14, (other[1] - other[0]) % 14)
 
 
 def test_a_run_forks_nothing_and_leaves_scores_a_checkpoint_and_pictures(workplace, monkeypatch, capsys):
@@ -101,6 +109,7 @@ def test_runs_are_deterministic_share_features_and_are_prolonged(workplace, monk
     assert log_of("a") == log_of("long") and [row["step"] for row in log_of("a")] == [10, 20]
     train_here(monkeypatch, "--resume", "runs/a/", "--steps", "12")  # all after training is done again
     assert same_weights("a", "long") and scores_of("a")["config"]["steps"] == 24
+    assert scores_of("a")["config"]["precision"] in ("float32", "bfloat16")  # and not auto any more
 
 
 def test_without_labels_everything_but_scores_is_there(workplace, monkeypatch, capsys):
@@ -123,7 +132,11 @@ def test_typed_names_of_clusters_outlive_a_resume_and_are_kept_aside_where_clust
     train_here(monkeypatch, *IMAGES, "--name", "t")
     typed = Path("runs/t/clusters.json").read_text().replace("class", "thing")
     Path("runs/t/clusters.json").write_text(typed)
+    for file in ("checkpoint.pt", "log.jsonl"):
+        os.link(f"runs/t/{file}", file)
     train_here(monkeypatch, "--resume", "t")
+    for file in ("checkpoint.pt", "log.jsonl"):  # another one took its place, when it was whole
+        assert not os.path.samefile(f"runs/t/{file}", file)
     assert "thing" in names("clusters.json")[0] and not list(Path("runs/t").glob("clusters-*.json"))
     train_here(monkeypatch, "--resume", "t", "--steps", "14")
     aside, = Path("runs/t").glob("clusters-12-*.json")
@@ -160,6 +173,9 @@ def test_shifts_are_given_or_quantiles_at_shares_of_one_class(workplace, monkeyp
     assert asked == [4] and scores_of("all")["shifts"] == [0.1, 0.2, 0.3]
     train_here(monkeypatch, *IMAGES, "--name", "rates", "--same-class", "0.5", "0.4", "0.2")
     assert scores_of("rates")["attract"] == pytest.approx([0.5, 0.4, 0.2], abs=1e-3)
+    rates = ["--same-class", "0.5", "0.4", "0.2", "--dropout", "0.5"]  # as the loss sees F, which it lowers
+    train_here(monkeypatch, *IMAGES, "--name", "dropout", *rates)
+    assert scores_of("dropout")["shifts"][2] < scores_of("rates")["shifts"][2]
 
 
 @pytest.mark.parametrize("n_clusters", [2, 7])  # of 3 classes
@@ -230,13 +246,15 @@ def test_few_or_equal_images_make_smaller_batches_and_no_nan(kind, n_images, n_v
     for i, path in enumerate(sorted(workplace.glob("images/imgs/train/*.png"))):
         if kind == "equal":
             Image.new("RGB", (60, 40), "gray").save(path)
+            Image.new("L", (60, 40), stego.VOID).save(str(path).replace("imgs", "labels"))
         if i >= n_images:
             path.unlink()
     more = ["--crop", "five", "--num-clusters", "1"] if n_images == 1 else []
     train_here(monkeypatch, *IMAGES, "--name", "t", "--batch-size", "16", *more)
     assert all(torch.isfinite(value).all() for value in weights("t").values())
     assert scores_of("t")["config"]["batch_size"] == n_views and len(log_of("t")) == 1
-    assert kind == "random" or "the codes collapsed" in str(scores_of("t")["warnings"])
+    assert ("the codes collapsed" in str(scores_of("t")["warnings"])) == (kind == "equal")
+    assert kind == "random" or scores_of("t")["config"]["commonest"] == [-1]  # one cluster, all of it void
 
 
 @pytest.fixture
@@ -256,7 +274,7 @@ def told(monkeypatch, capsys):
 @pytest.mark.parametrize("arguments, words", [
     ("--data-root nowhere --num-classes 3", "nowhere: there is no such folder"),
     ("--data-root images --backbone vit.pth", "--num-classes"), ("--dataset directory", "--data-root FOLDER"),
-    ("--data-root images --num-classes 256", "1 to 255"), ("--data-root images --num-clusters 0", "(1 to 255)"),
+    ("--data-root images --num-classes 256", "1 to 255"), ("--data-root images --num-clusters 0", "1 to 255"),
     ("--data-root images --num-classes 3 --backbone resnet50", "neither a file nor one of vit_tiny_scenes"),
     ("--data-root images --num-classes 3 --backbone images/imgs/val/0.png", "not a readable file of weights"),
     ("--dataset scenes --data-root images", "--dataset directory"),
@@ -266,7 +284,7 @@ def told(monkeypatch, capsys):
     ("--resume never", "runs/never/checkpoint.pt: not a readable file"),
     ("IMAGES --device abacus", "--device abacus: not usable"),
     ("IMAGES --resolution 11", "--resolution 11 is one patch"),
-    ("IMAGES --batch-size 1", "at least 2 images"),
+    ("IMAGES --batch-size 1", "at least 2 images"), ("IMAGES --num-clusters 193", "than the patches"),
     ("IMAGES --data-root images/imgs/train/0.png", "add --crop five")])
 def test_mistakes_are_named_before_anything_is_written(arguments, words, workplace, told):
     before = IMAGES if arguments.startswith("IMAGES") else []
@@ -328,6 +346,7 @@ def test_names_of_old_clusters_are_never_beside_a_checkpoint_with_new_ones(workp
     monkeypatch.setattr(train.evaluate, "merge_near", interrupted)  # right after the last step
     with pytest.raises(KeyboardInterrupt):
         train_here(monkeypatch, "--resume", "t", "--steps", "14")
-    assert torch.load("runs/t/checkpoint.pt", weights_only=True)["training"]["step"] == 14
+    saved = torch.load("runs/t/checkpoint.pt", weights_only=True)
+    assert saved["training"]["step"] == 14 and saved["config"]["commonest"] is None  # of old clusters
     assert not Path("runs/t/clusters.json").exists()
     assert next(Path("runs/t").glob("clusters-12-*.json")).read_text() == typed

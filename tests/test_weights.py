@@ -127,6 +127,8 @@ def test_names_and_shapes_give_the_model(family, names):
     read = stego.vit_from_state_dict(names(vit))
     assert read.state_dict().keys() == vit.state_dict().keys() and read.num_heads == 2
     assert_equal_features(read, vit)
+    read.requires_grad_(False).norm.weight.zero_()  # has tensors of its own
+    assert vit.norm.weight.all()
 
 
 def test_plain_mlps_of_dinov3_have_other_names_in_transformers():
@@ -138,6 +140,7 @@ def test_the_largest_dinov3_has_heads_of_128():
     with torch.device("meta"):
         state = random_vit("dinov3_plus", embed_dim=4096, depth=1).state_dict()
     del state["rope_embed.periods"]
+    assert len(state["blocks.0.mlp.w1.weight"]) == 96
     assert stego.vit_from_state_dict(state).num_heads == 32
 
 
