@@ -110,7 +110,7 @@ def _lattice(features):
     axis = np.arange(1, d + 1)[:, None]
     scale = np.float32(np.sqrt(2 / 3) * (d + 1)) / np.sqrt(axis * (axis + 1))
     scaled = features * scale.astype(np.float32)
-    elevated = np.cumsum(np.vstack([0 * scaled[:1], scaled[::-1]]), axis=0)[::-1]
+    elevated = np.cumsum(np.vstack([0 * scaled[:1], scaled[::-1]]), axis=0)[::-1]  # (d + 1, P)
     elevated[1:] -= axis.astype(np.float32) * scaled
 
     # The origin of a simplex is its vertex whose coordinates are multiples of d + 1. Rank 0 is the coordinate
@@ -125,7 +125,7 @@ def _lattice(features):
     origin -= (d + 1) * carry
     descending = np.empty_like(elevated)
     np.put_along_axis(descending, rank, (elevated - origin) * np.float32(1 / (d + 1)), axis=0)
-    weights = (descending - np.roll(descending, -1, axis=0))[::-1]
+    weights = (descending - np.roll(descending, -1, axis=0))[::-1]  # (d + 1, P)
     weights[0] += 1
 
     # Vertex k is the origin + k, less d + 1 in the k coordinates of the highest ranks. The others imply the

@@ -203,10 +203,10 @@ def directory(root, split, n_classes=None, default_classes=0):
     folder = root.parent if root.is_file() else folder
     labels = [None] * len(images)
     if split and (root / "labels" / split).is_dir():
-        stems = [root / "labels" / split / path.relative_to(folder).with_suffix(".png") for path in images]
-        labels = [path if path.is_file() else None for path in stems]
+        paths = [root / "labels" / split / path.relative_to(folder).with_suffix(".png") for path in images]
+        labels = [path if path.is_file() else None for path in paths]
         if not any(labels):
-            raise InputError(f"{root}/labels/{split}: no label is called like an image, as {stems[0].name}")
+            raise InputError(f"{root}/labels/{split}: no label is called like an image, as {paths[0].name}")
     class_file = root / "classes.txt"
     lines = class_file.read_text("utf-8-sig", errors="replace").splitlines() if class_file.is_file() else []
     names = [line.strip() for line in lines if line.strip()]
@@ -269,12 +269,12 @@ def published(dataset, root, split):
     layout = LAYOUTS[dataset]
     if split not in layout.lists:
         raise InputError(f"--split {split}: {dataset} has {', '.join(layout.lists)}")
-    folder = Path(root or ".", dataset.rstrip("0123456789"))
+    folder = Path(root or ".", dataset.rstrip("0123456789"))  # cocostuff27 is in a folder cocostuff
     folder = folder if folder.is_dir() else folder.parent
     if layout.lists[split]:
         path = folder / layout.lists[split]
         ids = path.read_text("utf-8", errors="replace").split() if path.is_file() else []
-        ids = [name for name in ids if name.replace("_", "").replace("-", "").isalnum()]  # and no ../x
+        ids = [name for name in ids if name.replace("_", "").replace("-", "").isalnum()]  # ../x is no id
     else:
         before, after = layout.image.format(split=split, id="*/*").split("*/*")
         ids = [path.relative_to(folder / before).as_posix().removesuffix(after)
@@ -380,7 +380,7 @@ class Features(NamedTuple):
 
 def cache_key(model, collection, size, crop):
     """A name for features, which changes with every file, weight or setting that they depend on."""
-    settings = [3, collection.fingerprint(), size, crop, model.facet, str(model.precision)]
+    settings = [3, collection.fingerprint(), size, crop, model.facet, str(model.precision)]  # 3: the version
     key = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in model.backbone.state_dict().items():
         key.update(name.encode() + tensor.cpu().numpy().tobytes())

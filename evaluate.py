@@ -98,8 +98,7 @@ def scores(confusion, assignment):
     Returns {"miou", "accuracy", "iou" per class}. A class neither labelled nor predicted is NaN and not in
     the mean; without any labelled pixel all are NaN.
     """
-    # differs from the authors' code, utils.py:223: pixels of an unmatched cluster are errors; theirs ignores
-    # those of clusters n_classes and above.
+    # differs from the authors' code, utils.py:223: pixels of clusters left over are errors, not ignored.
     confusion, assignment = np.asarray(confusion), np.asarray(assignment)
     as_class = np.zeros((confusion.shape[1],) * 2)  # [predicted class, true class]
     np.add.at(as_class, assignment[assignment >= 0], confusion[assignment >= 0])
@@ -145,7 +144,7 @@ def kmeans(codes, n_clusters, restarts=20, seed=0, iterations=100):
             else:
                 sums = torch.zeros_like(centroids).index_add_(0, nearest, codes)
             empty = torch.bincount(nearest, minlength=n_clusters) == 0
-            sums[empty] = codes[similarity.topk(int(empty.sum()), largest=False).indices]
+            sums[empty] = codes[similarity.topk(int(empty.sum()), largest=False).indices]  # the farthest
             centroids = nnf.normalize(sums, dim=1)
         if objective > best_objective:
             best, best_objective = centroids, objective
@@ -157,11 +156,11 @@ def sample_positions(features, n_points=50_000, seed=0):
     """About n_points features, (n, D) float32, or all, at random positions of random views: for k-means."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(features.vectors), generator=generator)[:2000].sort().values  # enough views
-    per_map, vectors = -(-n_points // len(chosen)), []
+    per_map, vectors = math.ceil(n_points / len(chosen)), []
     for indices in chosen.split(32):
-        read = features.maps[indices].float().flatten(2).transpose(1, 2)  # (n, h w, D)
-        positions = torch.rand(read.shape[:2], generator=generator).argsort(1)[:, :per_map].to(read.device)
-        vectors.append(read.take_along_dim(positions[..., None], 1).flatten(0, 1))  # (n per_map, D)
+        maps = features.maps[indices].float().flatten(2).transpose(1, 2)  # (n, h w, D)
+        positions = torch.rand(maps.shape[:2], generator=generator).argsort(1)[:, :per_map].to(maps.device)
+        vectors.append(maps.take_along_dim(positions[..., None], 1).flatten(0, 1))  # (n per_map, D)
     return torch.cat(vectors)
 
 
@@ -176,7 +175,7 @@ def random_pair_rate(vectors, n_classes, seed=0):
     n_clusters = min(8 * n_classes, 120, len(vectors))
     centroids = kmeans(vectors, n_clusters, restarts=1, seed=seed, iterations=20)
     members = nnf.one_hot((vectors @ centroids.T).argmax(1), n_clusters).float()  # (N, n_clusters)
-    members = members[:, members.any(0)]
+    members = members[:, members.any(0)]  # without empty clusters
     group = stego.linkage(members.T @ vectors, members.sum(0), n_classes)
     return torch.bincount(group, members.mean(0)).square().sum().clamp(max=1).item()  # 1.0000002 by rounding
 
@@ -211,13 +210,15 @@ def correspondences(features, neighbors, head, device, center=False, dropout=0.0
             points = 2 * torch.rand(len(images), 11, 11, 2, generator=generator) - 1
             maps, at = features.maps[indices].to(device).float(), points.to(device)
             f_b, s_b = stego.sample(nnf.dropout2d(maps, dropout), at), stego.sample(head(maps), at)
-            labels = features.labels[indices][:, None].float()  # (N, 1, H, W); -1 and 1 are their edges
+            labels = features.labels[indices][:, None].float()  # (N, 1, H, W)
+            # In labels, -1 and 1 are the edges; in maps, the centres of the outermost patches.
             points = points * (1 - 1 / torch.tensor([maps.shape[3], maps.shape[2]]))
             label_b = nnf.grid_sample(labels, points, mode="nearest", align_corners=False)
             if term == "self":
                 f_a, s_a, label_a = f_b, s_b, label_b
             F, S = stego.feature_correspondence(f_a, f_b, center), stego.correlation(s_a, s_b)
-            a, b = label_a[:, 0, :, :, None, None], label_b[:, 0, None, None]
+            a = label_a[:, 0, :, :, None, None]  # (N, p, p, 1, 1)
+            b = label_b[:, 0, None, None]  # (N, 1, 1, p, p)
             same = (a == b).char().masked_fill((a == VOID) | (b == VOID), -1)  # (N, p, p, p, p), as F and S
             found[term].append((F.cpu().flatten(), S.cpu().flatten(), same.flatten()))
     return {term: tuple(map(torch.cat, zip(*parts))) for term, parts in found.items()}
@@ -457,7 +458,7 @@ def report(folder, confusions, samples, collection, legend, config, warnings=(),
 
 
 def print_table(runs):
-    """Prints scores, a line a row. runs: row -> `scores`, of each run; of several, mean ± deviation."""
+    """Prints a line a row: scores of one run, mean ± deviation of several. runs: row -> `scores`, of each."""
     print(f"{'mIoU':>38}{'accuracy':>14}")
     for row in dict.fromkeys(itertools.chain(*runs)):
         line = f"{row:24}"
@@ -504,7 +505,7 @@ def read_legend(path, n_clusters):
     legend = [(f"cluster {k}", colour) for k, colour in enumerate(data.class_palette(n_clusters).tolist())]
     with refusing(f"{path}: not a list of clusters as training writes it"):
         for k, entry in json.loads(path.read_text("utf-8-sig")).items() if path.is_file() else ():
-            red, green, blue = bytes(entry["color"])
+            red, green, blue = bytes(entry["color"])  # three numbers from 0 to 255, or an error
             legend[int(k)] = " ".join(str(entry["name"]).split()), [red, green, blue]
     first = dict(reversed(legend))  # name -> colour of its first cluster
     return [(name, first[name]) for name, _ in legend]
@@ -538,14 +539,13 @@ def predict(model, probe, image, size, crf=True):
 def predict_folder(model, probe, folder, out, size, legend, crf=True):
     """Segments every image below `folder`, or below its imgs/ if there, or the one image it is, into `out`.
 
-    legend: (name, colour) of each cluster; those of one name are one class.
-    Writes for each photo a palette PNG of class ids, of the same stem and size, and <stem>_overlay.jpg, with
-    a legend below; for all, classes.json (name and colour of each id) and panel.png. Photos that cannot be
-    read raise one InputError after the others are done.
+    legend: (name, colour) of each cluster; those of one name are one class. Writes for each photo a palette
+    PNG of class ids, of the same stem and size, and <stem>_overlay.jpg, with a legend below; for all,
+    classes.json (name and colour of each id) and panel.png. At the end, one InputError names the bad photos.
     """
     photos, out = data.directory(folder, None, n_classes=1), Path(out)
-    inside = out.resolve(), *(out.resolve().parents if Path(folder).is_dir() else ())
-    if photos.folder.resolve() in inside:
+    enclosing = out.resolve(), *(out.resolve().parents if Path(folder).is_dir() else ())
+    if photos.folder.resolve() in enclosing:
         raise InputError(f"--out {out} lies inside {photos.folder}: the next run would segment its pictures")
     targets = [out / path.relative_to(photos.folder).with_suffix(".png") for path in photos.images]
     taken = collections.Counter([out / "panel.png", *targets])
@@ -878,7 +878,7 @@ def main():
     model, config = stego.load_checkpoint(path, device)
     probes, patch = model_probes(model), model.backbone.patch_size
     with refusing(f"{path}: its settings are not those of a run"):
-        config["precision"] = args.precision or config.get("precision", "auto")  # scores.json holds them
+        config["precision"] = args.precision or config.get("precision", "auto")  # for scores.json, too
         config["eval_resolution"] = args.eval_resolution or config["eval_resolution"]
         model.precision = choose_precision(config["precision"], device)
         size = data.round_to_patch(config["eval_resolution"], patch)

@@ -95,8 +95,8 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """The ViT of DINO (Caron et al. 2021), DINOv2 (Oquab et al. 2023) and DINOv3 (Siméoni et al. 2025).
 
-    State-dict names are Meta's, but DINOv3's storage tokens are register_tokens, too. image_size: the side
-    in pixels that fits the position embedding, which is interpolated for others. registers: tokens beside
+    State-dict names are Meta's, with register_tokens for DINOv3's storage_tokens. image_size: the side in
+    pixels that the position embedding is for; it is interpolated for others. registers: tokens besides
     the class token. hidden_dim: of the MLPs, 4 embed_dim by default. rotary: rotary positions, no embedding.
     """
 
@@ -106,7 +106,8 @@ class VisionTransformer(nn.Module):
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} cannot be split over {num_heads} heads")
         self.patch_size, self.embed_dim, self.num_heads = patch_size, embed_dim, num_heads
-        self.registers, self.rotary, eps = registers, rotary, 1e-5 if rotary else 1e-6
+        self.registers, self.rotary = registers, rotary
+        eps = 1e-5 if rotary else 1e-6  # of DINOv3 and of the others
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         if registers:
@@ -129,7 +130,7 @@ class VisionTransformer(nn.Module):
         if h == w == side:
             return self.pos_embed
         grid = self.pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
-        if self.registers:  # DINOv2's register models were trained with antialiasing and without the 0.1
+        if self.registers:  # DINOv2's register models were trained with antialiasing, without the 0.1 below
             grid = nnf.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
         else:  # DINO adds 0.1 against rounding, which moves every sampled position a little
             grid = nnf.interpolate(grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")
@@ -258,7 +259,7 @@ def derangement(n, device="cpu"):
     if n < 2:
         raise ValueError("negatives need at least two images in a batch")
     order = torch.randperm(n, device=device)
-    return order.roll(1)[order.argsort()]  # to each number the one before it in `order`
+    return order.roll(1)[order.argsort()]  # maps each number to the one before it in `order`
 
 
 def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
@@ -268,9 +269,9 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
         L = lambda_self L_corr(x, x, b_self) + lambda_knn L_corr(x, x^knn, b_knn)
             + lambda_rand mean L_corr(x, x^rand, b_rand)
 
-    features (N, D, h, w), codes (N, K, h, w): of the images x; *_knn: of one nearest neighbour each. x^rand:
-    n_negatives other images of the batch for each. All terms share n_points x n_points uniformly random
-    points of x, and the last two a second set, of x^knn and x^rand. lambdas, shifts b: (self, knn, rand).
+    features (N, D, h, w), codes (N, K, h, w): of the images x; *_knn: of one nearest neighbour of each.
+    x^rand: n_negatives other images of the batch for each. n_points x n_points uniformly random points are
+    drawn twice: of x, for all three terms, and of x^knn and x^rand. lambdas, shifts b: (self, knn, rand).
     Returns (L, {"self", "knn", "rand"}), scalars.
     """
     N, device = len(features), features.device
@@ -286,7 +287,7 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
     rands = [derangement(N, device) for _ in range(n_negatives)]
     # Image rand[n] is read at points_b[n]. Sampling all negatives before permuting them is faster.
     points = torch.cat([points_b[rand.argsort()] for rand in rands], 1)  # (N, negatives p, p, 2)
-    f_rand, s_rand = (sample(maps, points).split(n_points, 2) for maps in (features, codes))
+    f_rand, s_rand = (sample(maps, points).split(n_points, 2) for maps in (features, codes))  # (N, C, p, p)
     losses = [term(f[rand], s[rand], shifts[2]) for rand, f, s in zip(rands, f_rand, s_rand)]
     loss_rand = sum(losses) / n_negatives
     loss = lambdas[0] * loss_self + lambdas[1] * loss_knn + lambdas[2] * loss_rand
@@ -296,22 +297,22 @@ def stego_loss(features, features_knn, codes, codes_knn, lambdas, shifts,
 # ---- Shifts without tuning: as many pairs attract as seem to show the same class ----
 
 def linkage(sums, sizes, n_groups, threshold=-1.0):
-    """Merges m groups of unit vectors, always the two with the smallest
+    """Merges G groups of unit vectors, with sums s and sizes m, always the two with the smallest
 
         (1 - s_i . s_j / (m_i m_j)) (m_i m_j / (m_i + m_j))^(1/16)
 
     The first factor, from the mean cosine of their members, is average linkage; the second, which is Ward's
     with an exponent of 1, keeps one group from swallowing all. Stops at n_groups, or when the mean cosine of
-    these two is not above the threshold. sums s: (m, C), of the vectors in each group; sizes: (m,). Returns
-    (m,), the new group of each.
+    these two is not above the threshold. sums: (G, C), of the vectors in each group; sizes: (G,). Returns
+    (G,), the new group of each.
     """
-    members = torch.eye(len(sums), dtype=torch.double)  # (groups left, m), 1 where a group holds one of the m
+    members = torch.eye(len(sums), dtype=torch.double)  # (groups left, G), 1 where one holds an old group
     while len(members) > n_groups:
         s, m = members @ sums.double(), members @ sizes.double()
         products = m[:, None] * m
         cosine = s @ s.T / products
-        cost = (1 - cosine) * (products / (m[:, None] + m)) ** (1 / 16)
-        i, j = sorted(divmod(int(cost.fill_diagonal_(torch.inf).argmin()), len(members)))
+        cost = ((1 - cosine) * (products / (m[:, None] + m)) ** (1 / 16)).fill_diagonal_(torch.inf)
+        i, j = sorted(divmod(int(cost.argmin()), len(members)))
         if cosine[i, j] <= threshold:
             break
         members[i] += members[j]
@@ -356,8 +357,8 @@ class ClusterProbe(nn.Module):
 
 def linear_probe_loss(logits, labels):
     """Cross-entropy at the size of the labels (N, H, W) uint8, without void. logits: (N, n, h, w)."""
-    # Bilinear interpolation as two small matrix products; on a CPU one image at a time, which is three times
-    # faster there than nnf.interpolate of the batch and takes less memory.
+    # Two small matrix products interpolate bilinearly; on a CPU they take one image at a time, which is three
+    # times faster there than nnf.interpolate of the batch and needs less memory.
     rows, columns = (nnf.interpolate(torch.eye(n, device=logits.device)[None], size, mode="linear")[0].T
                      for n, size in zip(logits.shape[2:], labels.shape[1:]))  # (H, h), (W, w)
     at_once = 1 if logits.device.type == "cpu" else len(logits)
@@ -441,7 +442,7 @@ def stand_in(name):
     """What a foreign class or function is read as. Its name is compared, but nothing is looked up by it."""
     if name == "collections.defaultdict":
         return lambda *_: {}
-    if name.endswith(".AttributeDict"):  # Lightning's dict; torch.load can fill a Counter, one too
+    if name.endswith(".AttributeDict"):  # Lightning's dict, read as one that torch.load can fill
         return collections.Counter
     return Record
 
@@ -451,15 +452,15 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
 
 
 def read_safetensors(content):
-    """The tensors of a .safetensors file, its bytes (n,): length of a JSON header, header, their bytes."""
+    """Tensors from the bytes (n,) of a .safetensors file: length of its JSON header, header, tensors."""
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
     header, data = json.loads(content[8:start].tobytes()), torch.from_numpy(content[start:])
     header.pop("__metadata__", None)
     parts = {name: data[slice(*entry["data_offsets"])] for name, entry in header.items()}
     if sum(map(len, parts.values())) > len(data):
-        raise ValueError("its tensors overlap")  # so that copies of them could fill the memory
+        raise ValueError("its tensors overlap")  # then copies of them could fill the memory
     return {name: part.clone().view(SAFETENSORS_TYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
-            for name, part in parts.items()}  # a copy is aligned
+            for name, part in parts.items()}  # view needs aligned bytes, as a clone's are
 
 
 def read_tensors(path):
@@ -539,7 +540,7 @@ def meta_names(state):
             named.setdefault(f"{attn}qkv.bias", torch.cat(biases))
         if "pos_embed" not in named:
             named[f"{attn}qkv.bias"][D:2 * D] = 0  # DINOv3 masks the bias of the keys
-    # timm adds the class token's position to the token.
+    # timm's models with registers have the class token's position in the token itself, so it is 0 here.
     if any(key.endswith("reg_token") for key in state) and "pos_embed" in named:
         named["pos_embed"] = nnf.pad(named["pos_embed"], (0, 0, 1, 0))
     return named
@@ -550,24 +551,23 @@ def vit_from_state_dict(state, num_heads=None):
     """A VisionTransformer that holds `state`, its architecture read off the names and shapes.
 
     state: name -> tensor of a DINO, DINOv2 or DINOv3 ViT, named as by Meta, timm or transformers. num_heads
-    defaults to D // 64, or D // 128 where D is 4096, as in every published model. Raises an InputError that
-    says what does not fit.
+    defaults to D // 64, or D // 128 for 4096, as published. Raises an InputError that says what does not fit.
     """
     state = meta_names(state)
     if "patch_embed.proj.weight" not in state:
         raise ValueError(f"it holds no patch_embed.proj.weight, but {', '.join(state):.150} ...")
     D, _, p, _ = state["patch_embed.proj.weight"].shape
     heads = num_heads or max(1, D // (128 if D == 4096 else 64))  # DINOv3's 7B has larger heads
-    scaled = "blocks.0.ls1.gamma" in state
-    rotary, swiglu = scaled and "pos_embed" not in state, "blocks.0.mlp.w1.weight" in state
+    layer_scale, swiglu = "blocks.0.ls1.gamma" in state, "blocks.0.mlp.w1.weight" in state
+    rotary = layer_scale and "pos_embed" not in state
     if rotary:
         state.setdefault("rope_embed.periods", rotary_periods(D // heads))
     with torch.device("meta"):  # shapes alone, which take no memory
         vit = VisionTransformer(
-            p, D, len({key.split(".")[1] for key in state if key.startswith("blocks.")}), heads,
-            image_size=p if rotary else p * math.isqrt(state["pos_embed"].shape[1] - 1),
+            p, D, depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
+            num_heads=heads, image_size=p if rotary else p * math.isqrt(state["pos_embed"].shape[1] - 1),
             registers=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
-            layer_scale=scaled, swiglu=swiglu, rotary=rotary,
+            layer_scale=layer_scale, swiglu=swiglu, rotary=rotary,
             hidden_dim=len(state["blocks.0.mlp.w1.weight" if swiglu else "blocks.0.mlp.fc1.weight"]))
     vit.load_state_dict(state, assign=True)
     return vit

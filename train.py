@@ -150,7 +150,7 @@ def main():
     train, val = (data.load_collection(args.dataset, args.data_root, split, args.num_classes,
                                        args.num_clusters) for split in ("train", "val"))
     args.num_classes, args.num_clusters = train.n_classes, args.num_clusters or train.n_classes
-    args.commonest = None  # the class of each cluster, known at the end
+    args.commonest = None  # the class that each cluster shows most in training, known at the end
     precision = evaluate.choose_precision(args.precision, device)
     args.precision = str(precision).removeprefix("torch.")  # a resumed run keeps it, wherever it goes on
     backbone = stego.load_backbone(args.backbone, device)
@@ -177,14 +177,14 @@ def main():
         raise InputError(f"--num-clusters {args.num_clusters} is more than {stego.VOID}, or than the patches "
                          "of all training views")
     key = data.cache_key(model, train, size, args.crop)
-    begun = any(Path(args.cache_dir).glob(f"{key}*"))  # then these very files were checked before
-    unchecked = ([] if begun else [train]) + ([] if val.split == "train" else [val])
+    checked = any(Path(args.cache_dir).glob(f"{key}*"))  # a cache is begun only with files that were checked
+    unchecked = ([] if checked else [train]) + ([val] if val.split == "val" else [])
     data.check_files(unchecked, args.workers, rank)
 
     # ---- the run's folder ----
-    free = next(i for i in itertools.count(1) if not Path("runs", f"{args.dataset}-{i}").exists())
-    folder = Path("runs", args.resume or args.name or f"{args.dataset}-{free}")
-    checkpoint, named = folder / "checkpoint.pt", folder / "clusters.json"  # which someone may have edited
+    number = next(i for i in itertools.count(1) if not Path("runs", f"{args.dataset}-{i}").exists())
+    folder = Path("runs", args.resume or args.name or f"{args.dataset}-{number}")
+    checkpoint, legend_file = folder / "checkpoint.pt", folder / "clusters.json"  # a person may edit it
     first_step, rows, old_centroids = 0, [], torch.empty(0)
     if args.resume:
         saved = stego.read_tensors(checkpoint)
@@ -211,15 +211,15 @@ def main():
         if rank == 0:  # the only one that writes into the folder
             folder.mkdir(parents=True, exist_ok=True)
             found = model.refit_probe.centroids.cpu() if model.refit_probe else torch.empty(0)
-            if named.is_file() and not torch.equal(old_centroids, found):  # before the clusters are others
-                aside = folder / f"clusters-{first_step}-{time.time():.0f}.json"  # never the name of another
-                os.replace(named, aside)
+            if legend_file.is_file() and not torch.equal(old_centroids, found):  # it names other clusters
+                aside = folder / f"clusters-{first_step}-{time.time():.0f}.json"  # a new name each time
+                os.replace(legend_file, aside)
                 print(f"the clusters are new; the names of those before are in {aside}")
             state = optimizer.state_dict()
             stego.save_checkpoint(checkpoint, model, vars(args), step=step, rows=rows, optimizer=state)
             data.write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
-    if not args.resume:  # whose checkpoint stays as it is, clusters included, until training has moved on
+    if not args.resume:  # a resumed run keeps its checkpoint, clusters included, until training has moved on
         save(first_step)  # from here on the run can be resumed
     settings = ", ".join(f"{key} {value}" for key, value in vars(args).items() if value is not None)
     print(textwrap.fill(f"{folder} on {world} x {device}: {settings}", 110))
@@ -233,7 +233,7 @@ def main():
                                      args.workers, rank, world, key)
     if device.type == "cuda" and isinstance(features.maps, torch.Tensor):
         torch.cuda.empty_cache()
-        if features.maps.nbytes < torch.cuda.mem_get_info(device)[0] / 2:  # no step waits for disk or bus
+        if features.maps.nbytes < torch.cuda.mem_get_info(device)[0] / 2:  # so no step waits for disk or bus
             features = features._replace(maps=features.maps.to(device))
     neighbors = data.nearest_neighbors(features.vectors.to(device), args.neighbors)
 
@@ -296,8 +296,9 @@ def main():
 
         optimizer.zero_grad()
         (loss / world).backward()  # so that the sum over the processes is the mean
-        for parameter in trained if world > 1 else ():
-            dist.all_reduce(parameter.grad)
+        if world > 1:
+            for parameter in trained:
+                dist.all_reduce(parameter.grad)
         optimizer.step()
 
         if (step + 1) % 10 == 0:
@@ -316,9 +317,9 @@ def main():
     centroids = [evaluate.kmeans(vectors, args.num_clusters, seed=args.seed).cpu()
                  for vectors in (points, codes)]
     centroids[1] = evaluate.merge_near(centroids[1])
-    if world > 1:  # where GPUs differ, k-means may
+    if world > 1:  # k-means may differ where GPUs do
         dist.broadcast_object_list(centroids)
-    raw, model.refit_probe = (stego.ClusterProbe(*found.shape[::-1]) for found in centroids)
+    raw, model.refit_probe = (stego.ClusterProbe(found.shape[1], len(found)) for found in centroids)
     for probe, found in zip((raw, model.refit_probe), centroids):
         probe.to(device).requires_grad_(False).centroids.copy_(found)
     if rank == 0:
@@ -326,7 +327,7 @@ def main():
         pairs = sample_pairs(args.center, args.dropout)  # with S of the finished codes
         evaluate.draw_diagnostics(folder / "diagnostics.png", pairs, shifts)
         health, warnings = evaluate.diagnose(codes, model.refit_probe, clusters)
-        warnings = warnings if args.num_clusters > 1 else []
+        warnings = warnings if args.num_clusters > 1 else []  # one cluster is what was asked for
         print("health: " + ", ".join(f"{quantity} {value:.2f}" for quantity, value in health.items()))
         n_clusters = len(centroids[1])
         if n_clusters < args.num_clusters:
@@ -341,17 +342,16 @@ def main():
     confusions, samples = evaluate.evaluate(model, val, eval_size, probes, args.crf, args.workers, rank,
                                             world)
     if rank == 0:
-        legend, edited = evaluate.read_legend(named, n_clusters), named.is_file()
-        found = evaluate.report(
-            folder, confusions, samples, val, legend, vars(args), warnings, health=health, shifts=shifts,
-            attract=attract)
-        legend = legend if edited else found
+        legend = evaluate.read_legend(legend_file, n_clusters)
+        matched = evaluate.report(folder, confusions, samples, val, legend, vars(args), warnings,
+                                  health=health, shifts=shifts, attract=attract)
+        legend = legend if legend_file.is_file() else matched  # what someone typed stays
         shares = evaluate.draw_clusters(folder / "clusters.png", train, views, clusters, legend, size,
                                         args.crop)
-        evaluate.write_legend(named, legend, shares)
-        if rows:  # of ten steps or more
-            steps, *columns = zip(*(row.values() for row in rows))
-            plots = {term: {"loss": (steps, column)} for term, column in zip([*rows[0]][1:], columns)}
+        evaluate.write_legend(legend_file, legend, shares)
+        if rows:  # there is one for every ten steps
+            steps = [row["step"] for row in rows]
+            plots = {term: {"loss": (steps, [row[term] for row in rows])} for term in [*rows[0]][1:]}
             evaluate.draw_curves(folder / "losses.png", plots, "step")
         seconds = time.perf_counter() - started
         print(f"scores.json, pictures and checkpoint.pt are in {folder}, after {seconds:.0f} seconds")
