@@ -467,7 +467,7 @@ def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, w
                 raise InputError(f"{collection.images[rows[0] // v]} or the {len(batch) - 1} images after "
                                  "it: the backbone gives features that are not finite in float16")
             values = {"vectors": maps.mean((2, 3)).cpu(), "maps": half.cpu(), "labels": labels}
-            if "maps" in out and shutil.disk_usage(partial).free < 2 * world * half.nbytes + 1e6:
+            if "maps" in out and shutil.disk_usage(folder.parent).free < 2 * world * half.nbytes + 1e6:
                 raise InputError(f"{partial}: the disk is full, where writing would end in a bus error; with "
                                  "more room, --resume or the same command goes on")
             for name, array in out.items():

@@ -292,6 +292,18 @@ def test_a_disk_that_fills_during_the_extraction_is_an_error_and_no_bus_error(fo
     assert torch.isfinite(extract(backbone, train, cache_gb=0).maps).all()  # it goes on once there is room
 
 
+def test_of_two_runs_that_fill_one_cache_the_slower_one_goes_on(folder, backbone, monkeypatch):
+    train, normalize = data.directory(folder, "train", 4), data.normalize
+
+    def while_the_other_run_ends(images):
+        monkeypatch.setattr(data, "normalize", normalize)
+        extract(backbone, train)
+        return normalize(images)
+
+    monkeypatch.setattr(data, "normalize", while_the_other_run_ends)
+    assert extract(backbone, train).maps.flatten(1).any(1).all() and len(os.listdir("cache")) == 1
+
+
 @pytest.mark.parametrize("crop, batches", [("none", [32, 4]), ("five", [30] * 6)])
 def test_the_backbone_sees_at_most_32_views_at_once(crop, batches, folder, backbone):
     train, seen = data.directory(folder, "train", 4), []
