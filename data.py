@@ -176,8 +176,8 @@ def files_below(folder):
             folders.clear()
         else:
             entered.add(os.path.realpath(top))
-            files += [Path(top, name) for name in names if name[0] != "."]  # macOS puts ._a.jpg beside a.jpg
-    return sorted(files)
+            files += [Path(top, name) for name in names]  # also ._a.jpg of macOS and .ipynb_checkpoints/a.jpg
+    return sorted(path for path in files if "/." not in f"/{path.relative_to(folder).as_posix()}")
 
 
 def directory(root, split, n_classes=None, default_classes=0):

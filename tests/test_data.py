@@ -106,15 +106,17 @@ def test_which_images_are_read_where_there_is_no_imgs_no_val_or_no_split(folder,
     def names(*arguments):
         found = data.directory(*arguments, 4)
         return [path.name for path in found.images], found.split, found.has_labels
-    for name in ("deep/er/one.jpg", "two.PNG"):
+    for name in ("deep/er/one.jpg", "two.PNG", ".hidden/three.jpg", "deep/.ipynb_checkpoints/one.jpg"):
         save_image(tmp_path / "photos" / name)
-    for name in ("notes.txt", ".hidden", "._two.PNG"):
+    for name in ("notes.txt", ".notes", "._two.PNG"):
         (tmp_path / "photos" / name).write_text("no image")
     (tmp_path / "photos/deep/loop").symlink_to(tmp_path / "photos")
     for split, read in (("train", "train"), ("val", "train"), (None, None)):
         assert names(tmp_path / "photos", split) == (["one.jpg", "two.PNG"], read, False)
     assert capsys.readouterr().out.count("photos: not read as images: 1, such as notes.txt\n") == 2
     assert names(tmp_path / "photos/two.PNG", None) == (["two.PNG"], None, False)
+    (tmp_path / "photos").rename(tmp_path / ".photos")  # the folder that was asked for may be hidden
+    assert names(tmp_path / ".photos", None) == (["one.jpg", "two.PNG"], None, False)
     assert names(folder, None) == (["a.png", "b.jpg", "c.png", "v.png"], None, False)
     (folder / "imgs/val").rename(folder / "imgs/test")
     assert names(folder, "val") == (["a.png", "b.jpg", "c.png"], "train", True)
