@@ -278,7 +278,7 @@ def published(dataset, root, split):
     else:
         before, after = layout.image.format(split=split, id="*/*").split("*/*")
         ids = [path.relative_to(folder / before).as_posix().removesuffix(after)
-               for path in sorted(folder.glob(f"{before}*/*{after}"))]
+               for path in sorted(folder.glob(f"{before}*/[!.]*{after}"))]  # macOS adds ._a.png
     images, labels = ([folder / path.format(split=split, id=name) for name in ids]
                       for path in (layout.image, layout.label))
     missing = [path for path in images + labels if not path.is_file()]

@@ -156,6 +156,7 @@ def test_cityscapes_has_the_27_classes_from_id_7_on_in_its_own_colours(tmp_path)
         save_image(tmp_path / f"cityscapes/leftImg8bit/{name}_leftImg8bit.png", 16, 16)
         for kind in ("labelIds", "instanceIds", "color"):
             save_label(tmp_path / f"cityscapes/gtFine/{name}_gtFine_{kind}.png", ALL_IDS)
+    (tmp_path / "cityscapes/leftImg8bit/train/ulm/._ulm_1_leftImg8bit.png").touch()  # by macOS
     for split, stems in (("train", ["aachen_2", "ulm_1"]), ("val", ["lindau_0"])):
         collection = data.load_collection("cityscapes", tmp_path, split)
         assert [path.name for path in collection.images] == [f"{stem}_leftImg8bit.png" for stem in stems]
