@@ -172,12 +172,12 @@ def files_below(folder):
     """Sorted paths of all files below a folder but hidden ones. Links are followed, each folder once."""
     files, entered = [], set()
     for top, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(top) in entered:
+        if os.path.realpath(top) in entered or (Path(top).name.startswith(".") and Path(top) != folder):
             folders.clear()
         else:
             entered.add(os.path.realpath(top))
-            files += [Path(top, name) for name in names]  # also ._a.jpg of macOS and .ipynb_checkpoints/a.jpg
-    return sorted(path for path in files if "/." not in f"/{path.relative_to(folder).as_posix()}")
+            files += [Path(top, name) for name in names if name[0] != "."]  # macOS puts ._a.jpg beside a.jpg
+    return sorted(files)
 
 
 def directory(root, split, n_classes=None, default_classes=0):

@@ -111,6 +111,7 @@ def test_which_images_are_read_where_there_is_no_imgs_no_val_or_no_split(folder,
     for name in ("notes.txt", ".notes", "._two.PNG"):
         (tmp_path / "photos" / name).write_text("no image")
     (tmp_path / "photos/deep/loop").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos/.deep").symlink_to(tmp_path / "photos/deep")  # is not what deep is entered by
     for split, read in (("train", "train"), ("val", "train"), (None, None)):
         assert names(tmp_path / "photos", split) == (["one.jpg", "two.PNG"], read, False)
     assert capsys.readouterr().out.count("photos: not read as images: 1, such as notes.txt\n") == 2
