@@ -172,7 +172,7 @@ def files_below(folder):
     """Sorted paths of all files below a folder but hidden ones. Links are followed, each folder once."""
     files, entered = [], set()
     for top, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(top) in entered:
+        if os.path.realpath(top) in entered or (Path(top).name.startswith(".") and Path(top) != folder):
             folders.clear()
         else:
             entered.add(os.path.realpath(top))
@@ -278,7 +278,7 @@ def published(dataset, root, split):
     else:
         before, after = layout.image.format(split=split, id="*/*").split("*/*")
         ids = [path.relative_to(folder / before).as_posix().removesuffix(after)
-               for path in sorted(folder.glob(f"{before}*/*{after}"))]
+               for path in sorted(folder.glob(f"{before}*/[!.]*{after}"))]  # macOS adds ._a.png
     images, labels = ([folder / path.format(split=split, id=name) for name in ids]
                       for path in (layout.image, layout.label))
     missing = [path for path in images + labels if not path.is_file()]
@@ -467,7 +467,7 @@ def fill_cache(folder, arrays, compute, collection, size, crop, workers, rank, w
                 raise InputError(f"{collection.images[rows[0] // v]} or the {len(batch) - 1} images after "
                                  "it: the backbone gives features that are not finite in float16")
             values = {"vectors": maps.mean((2, 3)).cpu(), "maps": half.cpu(), "labels": labels}
-            if "maps" in out and shutil.disk_usage(partial).free < 2 * world * half.nbytes + 1e6:
+            if "maps" in out and shutil.disk_usage(folder.parent).free < 2 * world * half.nbytes + 1e6:
                 raise InputError(f"{partial}: the disk is full, where writing would end in a bus error; with "
                                  "more room, --resume or the same command goes on")
             for name, array in out.items():

@@ -106,15 +106,18 @@ def test_which_images_are_read_where_there_is_no_imgs_no_val_or_no_split(folder,
     def names(*arguments):
         found = data.directory(*arguments, 4)
         return [path.name for path in found.images], found.split, found.has_labels
-    for name in ("deep/er/one.jpg", "two.PNG"):
+    for name in ("deep/er/one.jpg", "two.PNG", ".hidden/three.jpg", "deep/.ipynb_checkpoints/one.jpg"):
         save_image(tmp_path / "photos" / name)
-    for name in ("notes.txt", ".hidden", "._two.PNG"):
+    for name in ("notes.txt", ".notes", "._two.PNG"):
         (tmp_path / "photos" / name).write_text("no image")
     (tmp_path / "photos/deep/loop").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos/.deep").symlink_to(tmp_path / "photos/deep")  # is not what deep is entered by
     for split, read in (("train", "train"), ("val", "train"), (None, None)):
         assert names(tmp_path / "photos", split) == (["one.jpg", "two.PNG"], read, False)
     assert capsys.readouterr().out.count("photos: not read as images: 1, such as notes.txt\n") == 2
     assert names(tmp_path / "photos/two.PNG", None) == (["two.PNG"], None, False)
+    (tmp_path / "photos").rename(tmp_path / ".photos")  # the folder that was asked for may be hidden
+    assert names(tmp_path / ".photos", None) == (["one.jpg", "two.PNG"], None, False)
     assert names(folder, None) == (["a.png", "b.jpg", "c.png", "v.png"], None, False)
     (folder / "imgs/val").rename(folder / "imgs/test")
     assert names(folder, "val") == (["a.png", "b.jpg", "c.png"], "train", True)
@@ -154,6 +157,7 @@ def test_cityscapes_has_the_27_classes_from_id_7_on_in_its_own_colours(tmp_path)
         save_image(tmp_path / f"cityscapes/leftImg8bit/{name}_leftImg8bit.png", 16, 16)
         for kind in ("labelIds", "instanceIds", "color"):
             save_label(tmp_path / f"cityscapes/gtFine/{name}_gtFine_{kind}.png", ALL_IDS)
+    (tmp_path / "cityscapes/leftImg8bit/train/ulm/._ulm_1_leftImg8bit.png").touch()  # by macOS
     for split, stems in (("train", ["aachen_2", "ulm_1"]), ("val", ["lindau_0"])):
         collection = data.load_collection("cityscapes", tmp_path, split)
         assert [path.name for path in collection.images] == [f"{stem}_leftImg8bit.png" for stem in stems]
@@ -290,6 +294,18 @@ def test_a_disk_that_fills_during_the_extraction_is_an_error_and_no_bus_error(fo
         with pytest.raises(stego.InputError, match="the disk is full"):
             extract(backbone, train)
     assert torch.isfinite(extract(backbone, train, cache_gb=0).maps).all()  # it goes on once there is room
+
+
+def test_of_two_runs_that_fill_one_cache_the_slower_one_goes_on(folder, backbone, monkeypatch):
+    train, normalize = data.directory(folder, "train", 4), data.normalize
+
+    def while_the_other_run_ends(images):
+        monkeypatch.setattr(data, "normalize", normalize)
+        extract(backbone, train)
+        return normalize(images)
+
+    monkeypatch.setattr(data, "normalize", while_the_other_run_ends)
+    assert extract(backbone, train).maps.flatten(1).any(1).all() and len(os.listdir("cache")) == 1
 
 
 @pytest.mark.parametrize("crop, batches", [("none", [32, 4]), ("five", [30] * 6)])
