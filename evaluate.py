@@ -458,7 +458,7 @@ def report(folder, confusions, samples, collection, legend, config, warnings=(),
 
 
 def print_table(runs):
-    """Prints a line a row: scores of one run, mean ± deviation of several. runs: row -> `scores`, of each."""
+    """Prints a line a row: scores of one run, or mean ± deviation of several. runs: row -> `scores` each."""
     print(f"{'mIoU':>38}{'accuracy':>14}")
     for row in dict.fromkeys(itertools.chain(*runs)):
         line = f"{row:24}"
