@@ -770,13 +770,16 @@ def gradient_of_sample(device):
     return maps.grad.cpu()
 
 
-def choose_device(name):
+def choose_device(name, local_rank=None):
     """The torch.device called `name`; for "auto", the first of cuda, mps and cpu that computes correctly."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kinds = [kind for kind in there if there[kind]] if name == "auto" else [name]
     for kind in kinds:
         try:
             device = torch.device(kind)
+            if device.type == "cuda" and device.index is None:  # "cuda" would be the first GPU in a thread
+                index = torch.cuda.current_device() if local_rank is None else local_rank
+                device = torch.device("cuda", index)
             if not torch.allclose(gradient_of_sample(device), gradient_of_sample("cpu"), atol=1e-3):
                 raise RuntimeError("this version of PyTorch computes wrong gradients there")
             return device
@@ -807,7 +810,7 @@ def join_processes(name):
     if ":" in name or name != "cpu" and 0 < gpus <= local:
         raise InputError(f"--device {name}: process {local} of this machine has no GPU of its own among "
                          f"{gpus}: start fewer processes, or give --device cpu")
-    device = choose_device(f"cuda:{local}" if gpus and name != "cpu" else name)
+    device = choose_device(name, local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # A process may work alone for long, on its features or on pictures, while the others wait.

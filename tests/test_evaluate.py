@@ -387,6 +387,7 @@ def pretended(monkeypatch):
     """Makes CUDA and MPS seem to be there, with a gradient that is wrong by a function of the device."""
     def pretend(error):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
         monkeypatch.setattr(evaluate, "gradient_of_sample",
                             lambda device: torch.ones(3) + error(torch.device(device).type))
@@ -410,7 +411,8 @@ def test_a_device_that_computes_wrong_gradients_or_none_is_not_used(pretended, c
 
 def test_the_device_is_the_first_that_works_and_processes_have_a_gpu_each(pretended, monkeypatch):
     pretended(lambda kind: 0)
-    assert evaluate.choose_device("auto") == evaluate.choose_device("cuda") == torch.device("cuda")
+    assert evaluate.choose_device("auto") == evaluate.choose_device("cuda") == torch.device("cuda", 3)
+    assert evaluate.choose_device("auto", local_rank=1) == torch.device("cuda", 1)
     for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     begun = []
