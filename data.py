@@ -107,6 +107,7 @@ class Collection:
     def __init__(self, folder, split, images, labels, names, classes=None, palette=None):
         self.folder, self.split, self.images, self.labels = Path(folder), split, images, labels
         self.names, self.n_classes, self.has_labels = list(names), len(names), any(labels)
+        self.n_labelled = sum(label is not None for label in labels)
         self.palette = class_palette(len(names)) if palette is None else np.array(palette, np.uint8)
         self.classes = np.full(VOID + 1, VOID, np.uint8)  # by id
         self.classes[:len(classes or names)] = classes or range(len(names))
@@ -172,7 +173,8 @@ def files_below(folder):
     """Sorted paths of all files below a folder but hidden ones. Links are followed, each folder once."""
     files, entered = [], set()
     for top, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(top) in entered or (Path(top).name.startswith(".") and Path(top) != folder):
+        folders[:] = [name for name in folders if name[0] != "."]  # .ipynb_checkpoints, for one
+        if os.path.realpath(top) in entered:
             folders.clear()
         else:
             entered.add(os.path.realpath(top))

@@ -418,7 +418,7 @@ def report(folder, confusions, samples, collection, legend, config, warnings=(),
         legends[row] = [classes[c] if c >= 0 and (own or confusions[row][k][c] > 0) else
                         (f"cluster {k}", extra[k % len(extra)]) for k, c in enumerate(assignment)]
     if labelled:
-        n_pixels = samples[0][0][..., 0].size * sum(label is not None for label in collection.labels)
+        n_pixels = samples[0][0][..., 0].size * collection.n_labelled
         if confusions[best].sum() < n_pixels:  # often by mistake, as when ids begin at 1
             print(f"{confusions[best].sum() / n_pixels:.1%} of the labelled images' pixels show a class; the "
                   f"others are void, that is, no id from 0 to {collection.n_classes - 1}")

@@ -191,9 +191,10 @@ def main():
         state, training = saved["model"], saved["training"]
         old_centroids = state.pop("refit_probe.centroids", old_centroids)
         with refusing("--resume: backbone, --code-dim, --num-clusters and classes must stay as they were"):
+            if not all(torch.equal(value.cpu(), state[f"backbone.{name}"])
+                       for name, value in backbone.state_dict().items()):
+                raise ValueError("the backbone has other weights")  # its features would go by a wrong key
             model.load_state_dict(state)
-            if data.cache_key(model, train, size, args.crop) != key:  # its features would go by a wrong key
-                raise ValueError("the backbone has other weights")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": training["optimizer"]["state"]})
         first_step, rows = training["step"], training["rows"]
         args.steps = max(args.steps, first_step)  # what was trained stays so
@@ -223,10 +224,9 @@ def main():
         save(first_step)  # from here on the run can be resumed
     settings = ", ".join(f"{key} {value}" for key, value in vars(args).items() if value is not None)
     print(textwrap.fill(f"{folder} on {world} x {device}: {settings}", 110))
-    labelled = sum(label is not None for label in train.labels)
     source = ", the training images, as there is no val" if val.split == "train" else ""
-    print(f"{len(train)} training images at {size} pixels, {labelled} with labels; {len(val)} images to "
-          f"evaluate at {eval_size} pixels{source}")
+    print(f"{len(train)} training images at {size} pixels, {train.n_labelled} with labels; {len(val)} images "
+          f"to evaluate at {eval_size} pixels{source}")
 
     # ---- every feature once ----
     features = data.extract_features(model, train, size, args.crop, args.cache_dir, args.cache_gb,
